@@ -1,0 +1,269 @@
+"""Every knob of a run: frozen pydantic models with type, default and meaning side by side.
+
+The names are those of InternLM's 2023 configs wherever that framework had the knob; names that came later follow
+its style. Old spellings are mapped in `legacy.py`, presets per `model_type` in `presets.py`, and problems that span
+several sections are found in `checks.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["torch.float32", "torch.tf32", "torch.bfloat16", "torch.float16"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: read only, and a key that nobody knows is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Sizes and switches of one `Transformer`. A `model_type` preset fills what the file leaves out."""
+
+    num_layers: PositiveInt = Field(description="transformer blocks")
+    hidden_size: PositiveInt = Field(description="width of the residual stream")
+    vocab_size: PositiveInt = Field(description="rows of embedding and head; every token id is below it")
+    num_attention_heads: PositiveInt = Field(description="query heads")
+    num_kv_attention_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
+    head_dim: PositiveInt | None = Field(None, description="size of one head; None: hidden_size / num_attention_heads")
+    mlp_ratio: Annotated[float, Field(gt=0)] = Field(
+        8 / 3, description="feed-forward width / hidden_size, rounded up to multiple_of"
+    )
+    multiple_of: PositiveInt = Field(256, description="rounding of the feed-forward width")
+    intermediate_size: PositiveInt | None = Field(
+        None, description="feed-forward width, exact; None: from mlp_ratio and multiple_of"
+    )
+    dtype: Dtype = Field("torch.bfloat16", description="dtype of parameters and activations")
+    max_position_embeddings: PositiveInt = Field(2048, description="longest position, written into exports")
+    rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary angles")
+    qk_interleaved: bool = Field(False, description="rotary pairs elements 2j and 2j+1 instead of j and j + head_dim/2")
+    layer_norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of every RMSNorm")
+    qkv_bias: bool = Field(False, description="bias on the query, key and value projections")
+    out_bias: bool = Field(False, description="bias on the attention output projection")
+    qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys before rotary")
+    norm_head: bool = Field(False, description="each head row divided by its L2 norm")
+    tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weight")
+    residual_in_fp32: bool = Field(False, description="keep the residual stream in fp32")
+    embed_grad_scale: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="gradient of embedding output and head weight times this factor; 1: off"
+    )
+    checkpoint: bool | Fraction = Field(
+        False, description="activation recomputation: False, True, or the fraction of blocks (the first ones) recomputed"
+    )
+    init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")
+    init_type: Literal["normal", "uniform"] = Field("normal", description="distribution of the internlm2 initial values")
+    use_scaled_init: bool = Field(True, description="output projections divided by sqrt(2 (layer + 1)) at the start")
+    embedding_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of the embedding (init=internlm2)")
+    attn_wqkv_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of wqkv (init=internlm2)")
+    attn_other_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of wo (init=internlm2)")
+    ffn_uplayer_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of w1, w3 (init=internlm2)")
+    ffn_other_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of w2 (init=internlm2)")
+    out_head_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of the head (init=internlm2)")
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_kv_attention_heads or self.num_attention_heads
+
+    @property
+    def q_per_kv(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        width = int(self.hidden_size * self.mlp_ratio)
+        return (width + self.multiple_of - 1) // self.multiple_of * self.multiple_of
+
+    @property
+    def recompute_fraction(self) -> float:
+        return float(self.checkpoint)
+
+
+class DataConfig(Section):
+    """What is read, how it is packed, and in which order."""
+
+    type: Literal["tokenized", "text", "megatron", "synthetic"] = Field(
+        "tokenized",
+        description="tokenized: .bin/.meta folders; text: txt/jsonl tokenised at the start; megatron: .bin/.idx; "
+        "synthetic: random tokens",
+    )
+    train_folder: str | None = Field(None, description="folder of the training data; None: the 2023 dummy data")
+    valid_folder: str | None = Field(None, description="folder of the validation sets; None: no validation data")
+    tokenizer_path: str | None = Field(None, description="sentencepiece model; required by type=text")
+    text_key: str = Field("text", description="the key of a jsonl line that holds the text (type=text)")
+    seq_len: PositiveInt = Field(description="longest attention segment, in tokens")
+    micro_bsz: PositiveInt = Field(1, description="segments of seq_len per micro batch: a row holds seq_len * micro_bsz")
+    micro_num: PositiveInt = Field(1, description="micro batches per optimizer step and data rank (accumulation)")
+    valid_micro_num: PositiveInt | None = Field(
+        None, description="validation batch = valid_micro_num * micro_bsz samples; None: micro_num"
+    )
+    valid_every: Annotated[int, Field(ge=0)] = Field(0, description="validate every so many steps; 0: never")
+    total_steps: PositiveInt = Field(description="batches to run, skipped ones included")
+    pack_sample_into_one: bool = Field(False, description="attention runs across samples in windows of seq_len")
+    min_length: Annotated[int, Field(ge=0)] = Field(0, description="samples with fewer tokens are dropped")
+    min_length_dict: dict[str, int] = Field({}, description="min_length for files whose path contains the key")
+    mixture: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="weight per source (entry of train_folder); empty: everything once per epoch"
+    )
+    skip_batches: str = Field("", description='batches read but not trained, as "3,10-12"; counted from 0')
+    rampup_batch_size: str = Field("", description='"START INCR EVERY" in micro batches; empty: constant')
+    seed: int = Field(1024, description="seed of the order of rows")
+    num_worker: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank for training")
+
+
+class CkptConfig(Section):
+    """Where and when checkpoints are written, and what a run starts from."""
+
+    enable_save_ckpt: bool = Field(True, description="write checkpoints at all")
+    save_ckpt_folder: str | None = Field(None, description="folder or fsspec URL; None: RUN_DIR/checkpoints")
+    checkpoint_every: PositiveInt | None = Field(None, description="save every so many steps; None: only the last")
+    keep_last: PositiveInt | None = Field(None, description="normal checkpoints kept; None: all")
+    oss_snapshot_freq: PositiveInt | None = Field(
+        None, description="snapshot every so many steps, the newest one is kept; None: off"
+    )
+    snapshot_ckpt_folder: str | None = Field(None, description="None: save_ckpt_folder/snapshot")
+    async_upload: bool = Field(True, description="write in the background, off the training path")
+    auto_resume: bool = Field(True, description="start from the newest good checkpoint under save_ckpt_folder, if any")
+    load_ckpt_info: "LoadConfig | None" = Field(None, description="where to start when nothing is resumed")
+    stop_file_path: str | None = Field(
+        None, description="file with one integer N: at step N save and stop; at step -N save and go on; 0: nothing"
+    )
+
+
+class LoadConfig(Section):
+    """A checkpoint to start from."""
+
+    path: str = Field(description="checkpoint folder")
+    content: tuple[Literal["model", "optimizer", "scheduler", "sampler", "all"], ...] = Field(
+        ("model",), description="what is taken from it"
+    )
+    ckpt_type: Literal["internlm", "hf"] = Field("internlm", description="internlm: our folders; hf: Hugging Face")
+
+
+class AdamConfig(Section):
+    lr: Annotated[float, Field(ge=0)] = Field(1e-4, description="peak learning rate")
+    adam_beta1: Fraction = Field(0.9, description="decay of the first moment")
+    adam_beta2: Fraction = Field(0.95, description="decay of the second moment, unless beta2_scheduler says else")
+    adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon of the update")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled weight decay")
+    no_decay: tuple[str, ...] = Field(
+        (), description='parameters without weight decay, as patterns such as "*norm.weight"; 2023: none'
+    )
+
+
+class LRSchedulerConfig(Section):
+    type: Literal["cosine", "wsd", "constant"] = Field("cosine", description="form after the warm-up")
+    total_steps: PositiveInt | None = Field(None, description="length of the schedule; None: data.total_steps")
+    init_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps at learning rate 0 before the warm-up")
+    warmup_ratio: Fraction = Field(0.01, description="share of total_steps spent in the linear warm-up")
+    decay_ratio: Fraction = Field(0.1, description="wsd: share of total_steps spent in the final linear decay")
+    eta_min: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
+
+
+class Beta2SchedulerConfig(Section):
+    init_beta2: Fraction | None = Field(None, description="smallest beta2; None: adam.adam_beta2")
+    c: float = Field(0.0, description="c > 0: beta2 = max(init_beta2, 1 - 1 / n^c) after n updates")
+
+
+class HybridZeroConfig(Section):
+    """The optimizer engine; the sizes of its shards are in `parallel`."""
+
+    overlap_sync_grad: bool = Field(True, description="reduce gradients of a unit while backward goes on")
+    overlap_sync_param: bool = Field(True, description="gather updated parameters while the next forward goes on")
+    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm limit; 0: no clipping")
+    master: Literal["split", "fp32"] = Field(
+        "split", description="fp32 master of bf16 parameters: split = parameter + 16-bit remainder (2 bytes), fp32 = copy"
+    )
+    grad_dtype: Literal["model", "torch.float32"] = Field(
+        "model", description="dtype in which gradients are accumulated and reduced"
+    )
+    moment_dtype: Literal["torch.float32", "torch.bfloat16"] = Field(
+        "torch.float32", description="dtype of Adam's moments"
+    )
+
+
+class Fp16ScalerConfig(Section):
+    initial_scale: Annotated[float, Field(gt=0)] = Field(2.0**16, description="loss scale at the start")
+    min_scale: Annotated[float, Field(gt=0)] | None = Field(1.0, description="loss scale never falls below")
+    growth_interval: PositiveInt = Field(1000, description="good steps before the scale grows")
+
+
+class GradScalerConfig(Section):
+    """Dynamic loss scaling; used with float16 only."""
+
+    fp16: Fp16ScalerConfig = Field(Fp16ScalerConfig(), description="start and growth")
+    growth_factor: Annotated[float, Field(gt=1)] = Field(2.0, description="factor of a growth")
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="factor after overflows")
+    max_scale: Annotated[float, Field(gt=0)] | None = Field(2.0**24, description="loss scale never exceeds")
+    hysteresis: Annotated[int, Field(ge=0)] = Field(2, description="overflows before the scale falls")
+
+
+class LossConfig(Section):
+    label_smoothing: Fraction = Field(0.0, description="share of the target spread over the vocabulary")
+    reduction: Literal["token", "micro_batch"] = Field(
+        "token", description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means"
+    )
+
+
+class AxisConfig(Section):
+    """A size, and what belongs to it."""
+
+    size: int = Field(1, description="ranks; -1: all of the enclosing group")
+
+
+class Zero1Config(AxisConfig):
+    size: int = Field(-1, description="ranks that share one set of optimizer states; -1: all data ranks")
+
+
+class TensorConfig(AxisConfig):
+    mode: Literal["mtp", "msp", "fsp", "isp"] = Field("mtp", description="how a tensor-parallel group shares the work")
+
+
+class WeightConfig(AxisConfig):
+    size: int = Field(1, description="ranks that share one set of parameters (ZeRO-3 / HSDP); -1: all data ranks")
+    overlap: bool = Field(True, description="gather the next unit's parameters while one computes")
+
+
+class ParallelConfig(Section):
+    """Ranks per axis. ZeRO sizes form a divisor chain: weight | gradient | zero1 | data-parallel size."""
+
+    zero1: Zero1Config = Field(Zero1Config(), description="shards of optimizer states")
+    gradient: AxisConfig = Field(AxisConfig(), description="shards of accumulated gradients (ZeRO-2)")
+    weight: WeightConfig = Field(WeightConfig(), description="shards of parameters")
+    tensor: TensorConfig = Field(TensorConfig(), description="tensor parallel")
+    pipeline: AxisConfig = Field(AxisConfig(), description="pipeline parallel")
+
+
+class MonitorConfig(Section):
+    enable_tb: bool = Field(True, description="write TensorBoard files, when tensorboard is installed")
+    tensorboard_folder: str | None = Field(None, description="None: RUN_DIR/tensorboard")
+
+
+class Config(Section):
+    """One run. Built by `load_config`, printed once, stored with every checkpoint, never changed."""
+
+    JOB_NAME: str = Field("AnonymousJob", description="label of the run")
+    run_dir: str | None = Field(None, description="folder of all outputs; None: runs/JOB_NAME")
+    seed: int = Field(1024, description="seed of initial values")
+    model_type: str = Field("INTERNLM", description="preset: INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3")
+    use_fp32_norm: bool = Field(False, description="keep norm weights in fp32")
+    model: ModelConfig = Field(description="the transformer")
+    data: DataConfig = Field(description="data and batches")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="ranks per axis")
+    hybrid_zero_optimizer: HybridZeroConfig = Field(HybridZeroConfig(), description="the optimizer engine")
+    adam: AdamConfig = Field(AdamConfig(), description="AdamW")
+    lr_scheduler: LRSchedulerConfig = Field(LRSchedulerConfig(), description="learning rate")
+    beta2_scheduler: Beta2SchedulerConfig = Field(Beta2SchedulerConfig(), description="beta2")
+    grad_scaler: GradScalerConfig = Field(GradScalerConfig(), description="float16 loss scale")
+    loss: LossConfig = Field(LossConfig(), description="the objective")
+    ckpt: CkptConfig = Field(CkptConfig(), description="checkpoints")
+    monitor: MonitorConfig = Field(MonitorConfig(), description="outputs beside console and metrics.jsonl")
