@@ -27,7 +27,9 @@ class ModelConfig(Section):
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     vocab_size: PositiveInt = Field(description="rows of embedding and head; every token id is below it")
     num_attention_heads: PositiveInt = Field(description="query heads")
-    num_kv_attention_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
+    num_kv_attention_heads: PositiveInt | None = Field(
+        None, description="key/value heads; None: as many as query heads"
+    )
     head_dim: PositiveInt | None = Field(None, description="size of one head; None: hidden_size / num_attention_heads")
     mlp_ratio: Annotated[float, Field(gt=0)] = Field(
         8 / 3, description="feed-forward width / hidden_size, rounded up to multiple_of"
@@ -51,10 +53,13 @@ class ModelConfig(Section):
         1.0, description="gradient of embedding output and head weight times this factor; 1: off"
     )
     checkpoint: bool | Fraction = Field(
-        False, description="activation recomputation: False, True, or the fraction of blocks (the first ones) recomputed"
+        False,
+        description="activation recomputation: False, True, or the fraction of blocks (the first ones) recomputed",
     )
     init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")
-    init_type: Literal["normal", "uniform"] = Field("normal", description="distribution of the internlm2 initial values")
+    init_type: Literal["normal", "uniform"] = Field(
+        "normal", description="distribution of the internlm2 initial values"
+    )
     use_scaled_init: bool = Field(True, description="output projections divided by sqrt(2 (layer + 1)) at the start")
     embedding_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of the embedding (init=internlm2)")
     attn_wqkv_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of wqkv (init=internlm2)")
@@ -101,7 +106,9 @@ class DataConfig(Section):
     tokenizer_path: str | None = Field(None, description="sentencepiece model; required by type=text")
     text_key: str = Field("text", description="the key of a jsonl line that holds the text (type=text)")
     seq_len: PositiveInt = Field(description="longest attention segment, in tokens")
-    micro_bsz: PositiveInt = Field(1, description="segments of seq_len per micro batch: a row holds seq_len * micro_bsz")
+    micro_bsz: PositiveInt = Field(
+        1, description="segments of seq_len per micro batch: a row holds seq_len * micro_bsz"
+    )
     micro_num: PositiveInt = Field(1, description="micro batches per optimizer step and data rank (accumulation)")
     valid_micro_num: PositiveInt | None = Field(
         None, description="validation batch = valid_micro_num * micro_bsz samples; None: micro_num"
@@ -181,7 +188,8 @@ class HybridZeroConfig(Section):
     overlap_sync_param: bool = Field(True, description="gather updated parameters while the next forward goes on")
     clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm limit; 0: no clipping")
     master: Literal["split", "fp32"] = Field(
-        "split", description="fp32 master of bf16 parameters: split = parameter + 16-bit remainder (2 bytes), fp32 = copy"
+        "split",
+        description="fp32 master of bf16 parameters: split = parameter + 16-bit remainder (2 bytes), fp32 = copy",
     )
     grad_dtype: Literal["model", "torch.float32"] = Field(
         "model", description="dtype in which gradients are accumulated and reduced"
@@ -210,7 +218,8 @@ class GradScalerConfig(Section):
 class LossConfig(Section):
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over the vocabulary")
     reduction: Literal["token", "micro_batch"] = Field(
-        "token", description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means"
+        "token",
+        description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means",
     )
 
 
