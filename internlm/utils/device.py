@@ -1,0 +1,112 @@
+"""Device facts: dtypes by name, which device this process computes on, its peak arithmetic, its memory."""
+
+import re
+import resource
+import sys
+import time
+from functools import cache
+
+import torch
+
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+_DTYPES = {
+    "torch.float32": torch.float32,
+    "torch.tf32": torch.float32,
+    "torch.bfloat16": torch.bfloat16,
+    "torch.float16": torch.float16,
+}
+
+# Dense 16-bit tensor-core peaks in FLOP/s without sparsity, from the vendors' data sheets. A row applies when all its
+# words occur in the device's name; the first such row counts.
+_PEAK_16BIT: tuple[tuple[set[str], float], ...] = (
+    ({"GB200"}, 2500e12),
+    ({"B200"}, 2250e12),
+    ({"H100", "PCIE"}, 756e12),
+    ({"H100", "NVL"}, 835e12),
+    ({"H800", "PCIE"}, 756e12),
+    ({"H100"}, 989e12),
+    ({"H800"}, 989e12),
+    ({"H200"}, 989e12),
+    ({"GH200"}, 989e12),
+    ({"H20"}, 148e12),
+    ({"A100"}, 312e12),
+    ({"A800"}, 312e12),
+    ({"A30"}, 165e12),
+    ({"A40"}, 149.7e12),
+    ({"A10"}, 125e12),
+    ({"A10G"}, 70e12),
+    ({"L40S"}, 362e12),
+    ({"L40"}, 181e12),
+    ({"L20"}, 119.5e12),
+    ({"L4"}, 121e12),
+    ({"4090"}, 165.2e12),
+    ({"3090"}, 71e12),
+)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a config calls `name`, such as "torch.bfloat16".
+
+    "torch.tf32" is float32 storage; whether matrix products round their inputs is a switch of the backend.
+    Raises UserError for other names.
+    """
+    if name not in _DTYPES:
+        raise UserError(f"dtype {name!r} is not known; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def default_device() -> torch.device:
+    """The current GPU of this process, or the CPU when there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has finished what was queued; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_allocated(device: torch.device) -> int:
+    """Peak memory in bytes: of torch's allocator on a GPU, of the whole process (resident set) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of `device` in `dtype`: the data sheet's dense figure where known, else measured once and logged."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        known = _data_sheet_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
+    measured = _measure_peak(device, dtype)
+    logger.info(f"peak of {device} in {dtype} is not in the table: {measured / 1e12:.3g} TFLOP/s by a matrix product")
+    return measured
+
+
+def _data_sheet_peak(device_name: str) -> float | None:
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    return next((peak for needed, peak in _PEAK_16BIT if needed <= words), None)
+
+
+def _measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matrix products, after one to warm up."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for attempt in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        if attempt > 0:
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

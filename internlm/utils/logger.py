@@ -1,0 +1,67 @@
+"""Log lines with the rank in front, filtered by rank in one place.
+
+Code logs as if it were alone: INFO appears once (from rank 0), WARNING and above from every rank that has one.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TextIO
+
+ROOT = "internlm"
+
+_seen: set[tuple[str, int, str]] = set()
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger `name` below "internlm"; `get_logger(__name__)` in a module, any short name in a script."""
+    if name == ROOT or name.startswith(ROOT + "."):
+        return logging.getLogger(name)
+    return logging.getLogger(f"{ROOT}.{name.strip('_')}")
+
+
+def log_once(logger: logging.Logger, message: str, level: int = logging.INFO) -> None:
+    """Log `message` unless this process has logged it before at that level."""
+    key = (logger.name, level, message)
+    if key not in _seen:
+        _seen.add(key)
+        logger.log(level, message, stacklevel=2)
+
+
+class _StdoutHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stdout` is at that moment: a live progress display replaces it while it is drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        raise AttributeError("the stream follows sys.stdout")
+
+
+def setup_logging(rank: int, world_size: int, log_file: Path | None = None) -> None:
+    """Send the lines of all "internlm" loggers to stdout and, when given, to `log_file` (appended, folder created).
+
+    Rank 0 writes INFO and above, the others WARNING and above. Calling again replaces the earlier set-up.
+    """
+    logger = logging.getLogger(ROOT)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    formatter = logging.Formatter(
+        f"%(asctime)s [rank {rank}/{world_size}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+    )
+    handlers: list[logging.Handler] = [_StdoutHandler()]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        # Opened at the first line, so that ranks without warnings never touch the (often shared) file.
+        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8", delay=True))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
