@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from internlm.config.schema import AxisConfig, ParallelConfig, WeightConfig, Zero1Config
+from internlm.core.launch import World
+from internlm.core.mesh import AXES, build_mesh
+from tests.pool import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def sizes(p: int, g: int, os: int) -> ParallelConfig:
+    return ParallelConfig(weight=WeightConfig(size=p), gradient=AxisConfig(size=g), zero1=Zero1Config(size=os))
+
+
+def members(rank: int, world_size: int, p: int, g: int, os: int) -> dict[str, list[int]]:
+    mesh = build_mesh(sizes(p, g, os), World(rank, rank, world_size, CPU))
+    return {axis: torch.distributed.get_process_group_ranks(mesh.group(axis)) for axis in AXES}
+
+
+def test_axes_are_nested_with_param_innermost() -> None:
+    groups = run_ranks(8, members, 2, 4, 4)
+    assert groups[5]["param"] == [4, 5]
+    assert groups[5]["grad"] == [5, 7]
+    assert groups[5]["optim"] == [5]
+    assert groups[5]["replica"] == [1, 5]
+
+
+@pytest.mark.parametrize("chain", [(1, 1, 1), (1, 1, 8), (1, 2, 8), (2, 2, 4), (8, 8, 8)])
+def test_axes_reach_every_rank_once(chain: tuple[int, int, int]) -> None:
+    for rank, groups in enumerate(run_ranks(8, members, *chain)):
+        assert all(rank in ranks for ranks in groups.values())
+        product = 1
+        for ranks in groups.values():
+            product *= len(ranks)
+        assert product == 8
+
+
+def test_minus_one_is_everybody() -> None:
+    assert run_ranks(4, members, 1, 1, -1)[2]["optim"] == [0, 1, 2, 3]
