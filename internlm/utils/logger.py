@@ -28,11 +28,18 @@ def log_once(logger: logging.Logger, message: str, level: int = logging.INFO) ->
         logger.log(level, message, stacklevel=2)
 
 
+def common_warning(logger: logging.Logger, message: str) -> None:
+    """A warning that every rank raises alike, such as a skipped step: rank 0 alone writes it."""
+    logger.warning(message, stacklevel=2, extra={"common": True})
+
+
 class _StdoutHandler(logging.StreamHandler[TextIO]):
     """Writes to whatever `sys.stdout` is at that moment: a live progress display replaces it while it is drawn."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        # Lines with `extra={"file_only": True}` are shown on the terminal in another form.
+        self.addFilter(lambda record: not getattr(record, "file_only", False))
 
     @property
     def stream(self) -> TextIO:
@@ -63,5 +70,7 @@ def setup_logging(rank: int, world_size: int, log_file: Path | None = None) -> N
     for handler in handlers:
         handler.setFormatter(formatter)
         handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        if rank != 0:
+            handler.addFilter(lambda record: not getattr(record, "common", False))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
