@@ -1,0 +1,21 @@
+"""The gated feed-forward layer."""
+
+import torch
+from torch import Tensor, nn
+
+from internlm.config.schema import ModelConfig
+from internlm.model.layers import Linear
+from internlm.ops.swiglu import swiglu
+
+
+class FeedForward(nn.Module):
+    """w2(silu(gate) * up); `w13` holds gate (0) and up (1), so that both are one GEMM."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w13 = Linear(config.hidden_size, (2, config.ffn_size), False, dtype)
+        self.w2 = Linear(config.ffn_size, (config.hidden_size,), False, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]."""
+        return self.w2(swiglu(self.w13(x)))

@@ -1,0 +1,97 @@
+"""The one transformer: pre-norm decoder blocks between an embedding and a head; families differ by switches.
+
+A packed row in, logits or loss out. `embedding`, each of `layers` and `head` are called as modules and own their
+parameters, so that whoever shards, recomputes or compiles them can attach to their calls.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from internlm.config.schema import Config, ModelConfig
+from internlm.model.attention import Attention, KVCache, LayerCache
+from internlm.model.batch import Batch
+from internlm.model.feed_forward import FeedForward
+from internlm.model.layers import Embedding, Head, RMSNorm
+from internlm.ops.cross_entropy import LossOutput
+from internlm.ops.rotary import rotary_tables
+from internlm.ops.segments import Segments
+from internlm.utils.device import torch_dtype
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.residual_dtype = torch.float32 if config.residual_in_fp32 else dtype
+        self.attention_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, norm_dtype)
+        self.attention = Attention(config, dtype, norm_dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, norm_dtype)
+        self.feed_forward = FeedForward(config, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden] in the residual stream's dtype; see `Attention.forward`."""
+        x = x.to(self.residual_dtype)
+        x = x + self.attention(self.attention_norm(x, self.dtype), cos, sin, segments, cache)
+        return x + self.feed_forward(self.ffn_norm(x, self.dtype))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, head. Parameters are not initialised here, see `model/init.py`."""
+
+    def __init__(self, config: ModelConfig, use_fp32_norm: bool = False) -> None:
+        super().__init__()
+        dtype = torch_dtype(config.dtype)
+        norm_dtype = torch.float32 if use_fp32_norm else dtype
+        self.config = config
+        self.embedding = Embedding(config, dtype)
+        self.layers = nn.ModuleList(Block(config, dtype, norm_dtype) for _ in range(config.num_layers))
+        self.head = Head(config, dtype, norm_dtype)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [tokens, vocab] of a packed row, in the model's dtype."""
+        return self.head(self._hidden(batch), self._tied_weight())
+
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
+        """Summed loss, token losses and predictions of a packed row, without ever holding all its logits."""
+        return self.head(self._hidden(batch), self._tied_weight(), batch.labels, label_smoothing)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
+        """Logits [batch, new, vocab] of new tokens int64 [batch, new] that continue the rows of `cache`.
+
+        The tokens are appended to the cache. Rows shorter than `new` are padded on the right with any valid id:
+        `num_new` int64 [batch] counts the real tokens of each row, and logits of the padding mean nothing.
+        """
+        places = cache.places(tokens.shape[1])
+        x = self.embedding(tokens.flatten())
+        cos, sin = rotary_tables(places.flatten(), self.config.head_size, self.config.rope_base, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, None, cache.layer(index, places))
+        cache.advance(tokens.shape[1], num_new)
+        return self.head(x, self._tied_weight()).unflatten(0, tokens.shape)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Output of the last block [tokens, hidden]."""
+        x = self.embedding(batch.tokens)
+        cos, sin = rotary_tables(batch.positions, self.config.head_size, self.config.rope_base, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, batch.segments)
+        return x
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.embedding.weight if self.config.tie_word_embeddings else None
+
+
+def build_model(config: Config, device: torch.device | str = "meta") -> Transformer:
+    """The run's model with uninitialised parameters on `device`; on "meta" it takes no memory."""
+    with torch.device(device):
+        return Transformer(config.model, config.use_fp32_norm)

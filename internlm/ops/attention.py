@@ -1,0 +1,137 @@
+"""Causal attention inside the segments of a packed row, and of new tokens over a key/value cache.
+
+Shapes: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]; query head i uses kv head i // (heads /
+kv_heads). Scores are scaled by 1 / sqrt(head_dim).
+
+Which kernel runs is decided here and nowhere else:
+
+    sdpa    F.scaled_dot_product_attention: segments of one length as a batch in one call, else segment by segment;
+            any device and dtype; on Hopper torch prefers cuDNN, the fastest there is
+    flash   flash_attn_varlen_func, if the package is installed; 16-bit on a GPU; one call for ragged segments
+    varlen  torch's own varlen_attn, the same kernel without the package; kv heads must be repeated before torch 2.13
+"""
+
+import importlib
+import inspect
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from internlm.ops.segments import Segments
+from internlm.utils.logger import get_logger, log_once
+
+logger = get_logger(__name__)
+
+Backend = Literal["sdpa", "flash", "varlen"]
+
+# How varlen_attn is told to be causal: a flag in torch 2.10, a window from 2.11 on. Grouped heads: from 2.13 on.
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+_VARLEN_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
+_VARLEN_GROUPS = "enable_gqa" in _VARLEN_PARAMETERS
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Explicit softmax in fp32 (fp64 stays), document by document -> [tokens, heads, head_dim] in that dtype."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    outputs = []
+    for q_, k_, v_ in zip(*(x.to(work).split(segments.lengths) for x in (q, k, v)), strict=True):
+        k_, v_ = (x.repeat_interleave(groups, dim=1) for x in (k_, v_))
+        scores = torch.einsum("qhd,khd->hqk", q_, k_) / q.shape[-1] ** 0.5
+        hidden = torch.ones(len(q_), len(q_), dtype=torch.bool, device=q.device).triu(1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v_))
+    return torch.cat(outputs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend | None = None) -> Tensor:
+    """Causal attention inside each segment -> [tokens, heads, head_dim]. `backend` None: the fastest that applies."""
+    if backend is None:
+        backend = choose_backend(q, segments)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, segments)
+    if backend == "flash":
+        return _flash(q, k, v, segments)
+    return _varlen(q, k, v, segments)
+
+
+def choose_backend(q: Tensor, segments: Segments) -> Backend:
+    """The backend for q [tokens, heads, head_dim]; the first time each reason occurs it is logged."""
+    backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.uniform)
+    if not torch.compiler.is_compiling():
+        log_once(logger, f"attention: {backend} ({reason})")
+    return backend
+
+
+def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> tuple[Backend, str]:
+    if not on_gpu:
+        return "sdpa", "no GPU"
+    if uniform:
+        return "sdpa", "segments of one length make a batch"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"
+    if _flash_attn() is not None:
+        return "flash", "ragged segments, flash_attn is installed"
+    return "varlen", "ragged segments, flash_attn is not installed"
+
+
+@cache
+def _flash_attn() -> ModuleType | None:
+    try:
+        return importlib.import_module("flash_attn")
+    except ImportError:
+        return None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    if segments.uniform:
+        return _sdpa_batch(q, k, v, len(segments.lengths))
+    pieces = zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([_sdpa_batch(q_, k_, v_, 1) for q_, k_, v_ in pieces])
+
+
+def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, num_segments: int) -> Tensor:
+    """`num_segments` segments of the same length."""
+    # [segments * length, heads, head_dim] -> [segments, heads, length, head_dim]
+    q_, k_, v_ = (x.unflatten(0, (num_segments, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    module = _flash_attn()
+    assert module is not None
+    ends, longest = segments.cu_seqlens, segments.max_length
+    return module.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    options = dict(_VARLEN_CAUSAL)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and _VARLEN_GROUPS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    ends, longest = segments.cu_seqlens, segments.max_length
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    assert isinstance(out, Tensor)  # a pair only when asked for the normalisers
+    return out
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor) -> Tensor:
+    """Attention of new tokens over a cache: key j of a row is seen by queries at positions >= j.
+
+    q [batch, new, heads, head_dim], keys and values [batch, length, kv_heads, head_dim],
+    query_positions int64 [batch, new] -> [batch, new, heads, head_dim].
+    """
+    places = torch.arange(keys.shape[1], device=q.device)
+    seen = places <= query_positions[:, None, :, None]  # [batch, 1, new, length]
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, keys, values))
+    out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=seen, enable_gqa=q.shape[2] != keys.shape[2])
+    return out.transpose(1, 2)

@@ -1,0 +1,29 @@
+"""Rotary position embedding (Su et al., 2021): pairs of elements turned by an angle that grows with the position.
+
+Pair j of a head of size d turns by position * base^(-2j/d). Half-split pairs element j with j + d/2, interleaved pairs
+2j with 2j + 1; the two differ only by a fixed permutation of each head's rows in the projections.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [tokens, head_dim / 2], of the angles at `positions` [tokens].
+
+    Angles are computed in fp32 (a 16-bit position would be off by whole turns), the tables rounded to `dtype`.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[:, None] / base**exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x [tokens, ..., head_dim] with each pair turned; cos, sin [tokens, head_dim / 2]. Contiguous, dtype of x."""
+    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
