@@ -126,4 +126,4 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # on a CPU torch has no product of 16-bit matrices into fp32
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.float(), b.float(), out=total)

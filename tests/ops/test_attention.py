@@ -1,0 +1,101 @@
+"""Every attention backend against the explicit softmax, forward and backward."""
+
+import pytest
+import torch
+
+from internlm.ops import attention as room
+from internlm.ops.attention import attention, attention_reference, cached_attention
+from internlm.ops.segments import Segments
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+LENGTHS = [(8, 8, 8), (1, 7, 1, 1, 14), (24,), (1,), (1, 1, 1)]
+HEADS = [(4, 4), (6, 2), (4, 1)]
+
+
+def random_qkv(tokens: int, heads: int, kv_heads: int, size: int, **options):
+    torch.manual_seed(0)
+    shapes = ((tokens, heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size))
+    return [torch.randn(shape, **options).requires_grad_() for shape in shapes]
+
+
+def textbook(q, k, v, start, stop, query, head):
+    """One output vector, written as in the paper, with the query's own segment [start, stop)."""
+    group = q.shape[1] // k.shape[1]
+    scores = torch.stack([q[query, head] @ k[j, head // group] for j in range(start, query + 1)]) / q.shape[-1] ** 0.5
+    return (scores.softmax(0)[:, None] * v[start : query + 1, head // group]).sum(0)
+
+
+def test_reference_is_the_textbook_formula():
+    q, k, v = random_qkv(9, 4, 2, 8, dtype=torch.float64)
+    out = attention_reference(q, k, v, Segments.of((3, 1, 5)))
+    for start, stop in ((0, 3), (3, 4), (4, 9)):
+        for query in range(start, stop):
+            for head in range(4):
+                torch.testing.assert_close(out[query, head], textbook(q, k, v, start, stop, query, head))
+
+
+def assert_agrees(lengths, heads, kv_heads, size, backend, device, dtype, tolerance):
+    segments = Segments.of(lengths)
+    inputs = random_qkv(sum(lengths), heads, kv_heads, size, dtype=dtype, device=device)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    on_device = Segments(segments.cu_seqlens.to(device), segments.lengths)
+    out = attention(*inputs, on_device, backend)
+    expected = attention_reference(*exact, segments)
+    assert out.shape == expected.shape and out.dtype == dtype
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for ours, theirs in zip((out, *(x.grad for x in inputs)), (expected, *(x.grad for x in exact)), strict=True):
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1)
+        assert error < tolerance, f"{backend}: {error:.2e}"
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_cpu_agrees_with_reference(lengths, heads, kv_heads):
+    assert_agrees(lengths, heads, kv_heads, 16, None, "cpu", torch.float32, 1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths", [*LENGTHS, (300, 1, 723), (512, 512)])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("backend", ["sdpa", "varlen", None])
+def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend):
+    assert_agrees(lengths, heads, kv_heads, 64, backend, "cuda", torch.bfloat16, 3e-2)
+
+
+@needs_gpu
+def test_gpu_fp32_agrees_with_reference():
+    assert_agrees((300, 1, 723), 6, 2, 64, None, "cuda", torch.float32, 1e-4)
+
+
+def test_choice():
+    bf16 = torch.bfloat16
+    assert room._choice(False, bf16, 128, False)[0] == "sdpa"
+    assert room._choice(True, bf16, 128, True)[0] == "sdpa"
+    assert room._choice(True, torch.float32, 128, False)[0] == "sdpa"
+    assert room._choice(True, bf16, 100, False)[0] == "sdpa"
+    assert room._choice(True, bf16, 128, False)[0] in ("varlen", "flash")
+
+
+def test_flash_is_preferred_when_installed(monkeypatch):
+    monkeypatch.setattr(room, "_flash_attn", lambda: object())
+    assert room._choice(True, torch.bfloat16, 128, False)[0] == "flash"
+
+
+def test_packed_gradient_stays_in_its_segment():
+    q, k, v = random_qkv(12, 2, 2, 8)
+    attention(q, k, v, Segments.of((5, 7)))[5:].sum().backward()
+    for x in (q, k, v):
+        assert x.grad[:5].abs().max() == 0
+        assert v.grad[5:].abs().max() > 0
+
+
+def test_cached_attention_is_attention_over_a_prefix():
+    q, k, v = random_qkv(10, 4, 2, 8)
+    expected = attention_reference(q, k, v, Segments.of((10,)))
+    # The last three queries of the row, over a cache whose tail holds rubbish.
+    keys, values = (torch.cat((x, torch.full((4, 2, 8), 9.0))) for x in (k, v))
+    out = cached_attention(q[None, 7:], keys[None], values[None], torch.arange(7, 10)[None])
+    torch.testing.assert_close(out[0], expected[7:], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,97 @@
+"""RMSNorm, rotary and SwiGLU against torch's own functions and the formulas of the papers."""
+
+import cmath
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from internlm.ops.rms_norm import rms_norm, rms_norm_reference
+from internlm.ops.rotary import rotary_tables, rotate
+from internlm.ops.swiglu import swiglu, swiglu_reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rms_norm_equals_torch(device, dtype, tolerance):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 64, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(64, dtype=dtype, device=device, requires_grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    out, expected = rms_norm(x, weight, 1e-5), F.rms_norm(exact[0], (64,), exact[1], 1e-5)
+    assert out.dtype == dtype
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for ours, theirs in zip((out, x.grad, weight.grad), (expected, exact[0].grad, exact[1].grad), strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rms_norm_paths_agree_in_16_bit(device):
+    x, weight = torch.randn(50, 64, dtype=torch.bfloat16, device=device), torch.rand(64, device=device)
+    plain = rms_norm_reference(x, weight.bfloat16(), 1e-5, torch.bfloat16)
+    torch.testing.assert_close(rms_norm(x, weight.bfloat16(), 1e-5), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_rms_norm_mixed_dtypes():
+    x, weight = torch.randn(4, 16), torch.rand(16)
+    assert rms_norm(x.bfloat16(), weight, 1e-5).dtype == torch.bfloat16
+    assert rms_norm(x, weight.bfloat16(), 1e-5, torch.bfloat16).dtype == torch.bfloat16
+    # Statistics of a 16-bit input are fp32: squares of 300 don't fit into fp16.
+    torch.testing.assert_close(
+        rms_norm(torch.full((1, 16), 300.0).half(), torch.ones(16), 1e-5), torch.ones(1, 16).half()
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_is_a_complex_rotation(interleaved):
+    torch.manual_seed(0)
+    size, base, positions = 8, 100.0, torch.tensor([0, 1, 7, 500])
+    x = torch.randn(4, 3, size)
+    out = rotate(x, *rotary_tables(positions, size, base, torch.float32), interleaved)
+    for token, position in enumerate(positions.tolist()):
+        for j in range(size // 2):
+            a, b = (2 * j, 2 * j + 1) if interleaved else (j, j + size // 2)
+            turn = cmath.exp(1j * position * base ** (-2 * j / size))
+            for head in range(3):
+                expected = complex(x[token, head, a], x[token, head, b]) * turn
+                # fp32 angles of a few hundred are good to some 1e-5.
+                assert abs(complex(out[token, head, a], out[token, head, b]) - expected) < 2e-4
+
+
+def test_interleaved_is_half_split_with_permuted_rows():
+    x = torch.randn(6, 2, 16)
+    cos, sin = rotary_tables(torch.arange(6), 16, 10000.0, torch.float32)
+    half_to_interleaved = torch.arange(16).view(2, 8).T.flatten()  # 0, 8, 1, 9, ...
+    half_split = rotate(x, cos, sin)[..., half_to_interleaved]
+    assert torch.equal(rotate(x[..., half_to_interleaved], cos, sin, interleaved=True), half_split)
+
+
+def test_rotary_tables_round_at_the_end():
+    positions = torch.tensor([100_001])
+    exact = rotary_tables(positions, 4, 10000.0, torch.float32)
+    rounded = rotary_tables(positions, 4, 10000.0, torch.bfloat16)
+    for a, b in zip(exact, rounded, strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+def test_swiglu_value_and_gradient():
+    torch.manual_seed(0)
+    gate_up = torch.randn(5, 2, 7, dtype=torch.float64, requires_grad=True)
+    out = swiglu(gate_up)
+    torch.testing.assert_close(out, F.silu(gate_up[:, 0]) * gate_up[:, 1])
+    assert torch.autograd.gradcheck(swiglu, gate_up)
+    (ours,) = torch.autograd.grad(out.sum(), gate_up)
+    (plain,) = torch.autograd.grad(swiglu_reference(gate_up).sum(), gate_up)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_swiglu_keeps_only_its_input():
+    gate_up = torch.randn(5, 2, 7, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        swiglu(gate_up)
+    assert kept == [70]
