@@ -1,0 +1,179 @@
+"""When a checkpoint is written, and how the copy of a moment gets on its way to storage."""
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+from internlm.checkpoint.commit import Background, Save, commit, open_folder, write_rank
+from internlm.checkpoint.control import Control
+from internlm.checkpoint.loading import Loader, rng_file
+from internlm.checkpoint.shards import HostCopy, metadata_of
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.triggers import Signals, StopFile, new_token
+from internlm.config.schema import Config
+from internlm.core.mesh import Mesh
+from internlm.core.random import rng_state
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.metrics import StepReport
+from internlm.train.state import TrainState
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+Kind = Literal["normal", "snapshot"]
+RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the slowest rank
+
+
+class Checkpointer:
+    """Saves and loads a run. Every rank makes one and calls the same methods in the same order.
+
+    Args:
+        config: its `ckpt` section says when and where; all of it is stored with every checkpoint.
+        run_dir: holds the checkpoints when `ckpt.save_ckpt_folder` is unset.
+        optimizer, state: what is saved, and what is written on a resume.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        optimizer: HybridZero,
+        state: TrainState,
+        mesh: Mesh,
+        rank_timeout: float = RANK_TIMEOUT,
+    ) -> None:
+        self.config, self.optimizer, self.state, self.mesh = config, optimizer, state, mesh
+        self.rank_timeout = rank_timeout
+        root = config.ckpt.save_ckpt_folder or str(run_dir / "checkpoints")
+        self.storages = {
+            "normal": Storage(root),
+            "snapshot": Storage(config.ckpt.snapshot_ckpt_folder or root.rstrip("/") + "/snapshot"),
+        }
+        self.control = Control()
+        self.signals = Signals()
+        watch = self.control.rank == 0 and config.ckpt.enable_save_ckpt
+        self.stop_file = StopFile(config.ckpt.stop_file_path, watch)
+        self.should_stop = False
+        self.stop_reason: str | None = None  # set with should_stop: "SIGTERM" or "stop file"
+        self._background = Background()
+        self._host_copy = HostCopy()
+        self._loader = Loader(config, optimizer, state, self.control, self.storages)
+        self._saved: dict[str, int] = {}  # step of the newest checkpoint of this run, per kind
+
+    def resume(self) -> None:
+        """Puts the run where it should start: newest good checkpoint, else `ckpt.load_ckpt_info`, else as built.
+
+        Collective. Raises:
+            UserError: checkpoints exist but none verifies; `load_ckpt_info` names none that does; other sizes.
+        """
+        found = self._loader.resume()
+        if found is not None:
+            self._saved[found.manifest.kind] = found.manifest.step
+
+    def after_step(self, report: StepReport) -> None:
+        """Saves if a rule of `ckpt`, a signal or the stop file asks for it; sets `should_stop`. Collective.
+
+        Raises:
+            UserError: on all ranks, when an earlier save has failed on any of them.
+        """
+        step, ckpt = report.step_count, self.config.ckpt
+        signals, target = self.signals.take(), self.stop_file.read(step)
+        failed = self._background.error is not None
+        mine = [*signals, failed, max(target, 0), max(-target, 0)]
+        save, stop, any_failed, stop_at, save_at = self.control.maximum(mine)
+        if any_failed:
+            self.wait()
+        stop_now = 0 < step == stop_at
+        if stop or stop_now:
+            self.should_stop, self.stop_reason = True, "SIGTERM" if stop else "stop file"
+        last = report.step >= self.config.data.total_steps
+        if not ckpt.enable_save_ckpt:
+            return
+        if save or stop_now or last or 0 < step == save_at or _is_due(step, ckpt.checkpoint_every):
+            self._save_once("normal")
+        elif _is_due(step, ckpt.oss_snapshot_freq):
+            self._save_once("snapshot")
+
+    def _save_once(self, kind: Kind) -> None:
+        """A step without an update (skipped batch, overflow) leads from the checkpoint before it to the same state."""
+        if self._saved.get(kind) != self.state.step_count:
+            self.save(kind)
+
+    def save(self, kind: Kind = "normal") -> None:
+        """Writes a checkpoint of this moment; returns once everything is copied to host memory. Collective.
+
+        Raises:
+            UserError: the previous save failed, or this one can't begin.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        step, storage = self.state.step_count, self.storages[kind]
+        token = self._begin(storage, step)
+        part = self._collect(kind, storage, token)
+        copied = time.perf_counter() - start
+        self._saved[kind] = step
+
+        def work() -> None:
+            write_rank(part)
+            if part.rank == 0:
+                commit(part, self.rank_timeout)
+                logger.info("saved %s in %.1f s", storage.show(str(step)), time.perf_counter() - start)
+
+        self._background.start(work)
+        logger.info(
+            "saving %s checkpoint of step %d: training stood still for %.3f s, %.3f s of them for the previous save",
+            *(kind, step, copied, waited),
+        )
+        if not self.config.ckpt.async_upload:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is committed. Collective. Raises UserError on all ranks if it failed on any."""
+        self._background.wait()
+        error, self._background.error = self._background.error, None
+        texts = self.control.gather(None if error is None else f"{type(error).__name__}: {error}")
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+        if failures:
+            raise UserError("a checkpoint could not be saved:\n" + "\n".join(failures)) from error
+
+    def close(self) -> None:
+        """Waits for the last save and gives the signals back. Collective. Raises UserError if the save failed."""
+        self.signals.close()
+        self.wait()
+
+    def _begin(self, storage: Storage, step: int) -> str:
+        """Makes the folder of a save on rank 0; the token of the save, on all ranks."""
+        token, problem = new_token(), None
+        if self.control.rank == 0:
+            try:
+                open_folder(storage, step, token)
+            except OSError as error:
+                problem = f"can't write to ckpt folder {storage.url}: {error}"
+        token, problem = self.control.from_first((token, problem))
+        if problem:
+            raise UserError(problem)
+        return token
+
+    def _collect(self, kind: Kind, storage: Storage, token: str) -> Save:
+        """Copies all that this rank writes to host memory."""
+        rank, step = self.control.rank, self.state.step_count
+        self.optimizer.wait()
+        pieces = self.optimizer.pieces()
+        tensors = self._host_copy.take(pieces, rank)
+        tensors[rng_file(rank)] = rng_state()
+        texts = {}
+        if rank == 0:
+            state = {"train": self.state.state_dict(), "optimizer": self.optimizer.state_dict()}
+            texts = {"config.json": self.config.model_dump_json(indent=1), "state.json": json.dumps(state, indent=1)}
+        keep = self.config.ckpt.keep_last if kind == "normal" else 1
+        world = {"ranks": self.control.size, **self.mesh.sizes}
+        metadata = metadata_of(pieces, token, step)
+        spared = frozenset(self._loader.broken)
+        return Save(storage, step, kind, token, rank, world, tensors, metadata, texts, keep, spared)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0

@@ -1,0 +1,59 @@
+"""Does a checkpoint fit the model of this run?"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from internlm.config.schema import Config, ModelConfig
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+# What the same weights compute depends on these as well, though they fit in any case.
+_MEANING = ("qk_interleaved", "rope_base", "layer_norm_epsilon", "norm_head")
+
+
+def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
+    """What the names and shapes of all parameters follow from."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_kv_attention_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.ffn_size,
+        "qkv_bias": model.qkv_bias,
+        "out_bias": model.out_bias,
+        "qk_norm": model.qk_norm,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
+def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
+    """Compares the model section of a checkpoint's config.json with that of this run.
+
+    Sections of other versions may have other keys: those that this program doesn't know are left out.
+
+    Raises:
+        UserError: other sizes; every difference with both numbers.
+    """
+    known = {key: value for key, value in saved["model"].items() if key in ModelConfig.model_fields}
+    try:
+        model = ModelConfig.model_validate(known)
+    except ValidationError as error:
+        logger.info("%s: its model section can't be read, tensors are compared one by one (%s)", what, error)
+        return
+    theirs, ours = sizes_of(model), sizes_of(config.model)
+    differences = [f"model.{key}: {theirs[key]} in the checkpoint, {ours[key]} in this run" for key in ours]
+    differences = [line for line, key in zip(differences, ours, strict=True) if theirs[key] != ours[key]]
+    if differences:
+        raise UserError(
+            f"{what} holds another model:\n" + "\n".join(differences) + "\nGive the model section the checkpoint's "
+            "sizes, or start in another ckpt.save_ckpt_folder."
+        )
+    for key in _MEANING:
+        old, new = getattr(model, key), getattr(config.model, key)
+        if old != new:
+            logger.info("%s was trained with model.%s=%s, this run has %s", what, key, old, new)

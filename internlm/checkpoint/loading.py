@@ -1,0 +1,212 @@
+"""Which checkpoint a run starts from, and what is taken from it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from internlm.checkpoint.compare import check_model
+from internlm.checkpoint.control import Control
+from internlm.checkpoint.hf import HFReader
+from internlm.checkpoint.manifest import BrokenCheckpointError, Manifest, check_files, list_checkpoints, read_manifest
+from internlm.checkpoint.shards import ShardIndex
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_file import read_tensors
+from internlm.config.schema import Config, LoadConfig
+from internlm.core.random import set_rng_state
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.state import TrainState
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on storage whose files were all verified."""
+
+    storage: Storage
+    folder: str
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        return self.storage.show(self.folder)
+
+    def text(self, name: str) -> Any:
+        return json.loads(self.storage.read(f"{self.folder}/{name}"))
+
+
+class Loader:
+    """Finds, verifies and loads checkpoints. All methods are collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        optimizer: HybridZero,
+        state: TrainState,
+        control: Control,
+        storages: Mapping[str, Storage],
+    ) -> None:
+        self.config, self.optimizer, self.state = config, optimizer, state
+        self.control, self.storages = control, storages
+        self.broken: set[str] = set()  # normal checkpoints that did not verify
+
+    def resume(self) -> Found | None:
+        """Newest good checkpoint, else `ckpt.load_ckpt_info`, else nothing. Returns the checkpoint that is continued.
+
+        Raises:
+            UserError: checkpoints exist but none verifies; `load_ckpt_info` names none that does; other sizes.
+        """
+        ckpt = self.config.ckpt
+        candidates = self.control.from_first(self._candidates() if self.control.rank == 0 else [])
+        if ckpt.auto_resume and candidates:
+            found = self._newest_good(candidates)
+            self._load(found, ("all",))
+            logger.info("resumed from %s at step %d", found, self.state.step_count)
+            return found
+        if candidates:
+            logger.info(
+                "ckpt.auto_resume is off, but %s holds checkpoints up to step %d, which a later resume would prefer",
+                *(self.storages["normal"].url, candidates[0][0]),
+            )
+        if ckpt.load_ckpt_info is None:
+            logger.info("new run: no checkpoint in %s and no ckpt.load_ckpt_info", self.storages["normal"].url)
+        elif ckpt.load_ckpt_info.ckpt_type == "hf":
+            self._load_hf(ckpt.load_ckpt_info)
+        else:
+            self._load_named(ckpt.load_ckpt_info)
+        return None
+
+    def _candidates(self) -> list[tuple[int, str, str]]:
+        """(step, kind, folder) of all that look like checkpoints, newest first, normal ones before snapshots."""
+        found = [
+            (step, kind, folder) for kind, root in self.storages.items() for step, folder in list_checkpoints(root)
+        ]
+        return sorted(found, key=lambda item: -item[0])
+
+    def _newest_good(self, candidates: Sequence[tuple[int, str, str]]) -> Found:
+        reasons = []
+        for _, kind, folder in candidates:
+            try:
+                return self._verified(self.storages[kind], folder)
+            except BrokenCheckpointError as error:
+                reasons.append(str(error))
+                logger.info("passing over a broken checkpoint: %s", error)
+                if kind == "normal":
+                    self.broken.add(folder)
+        raise UserError(
+            "there are checkpoints, but none is whole:\n"
+            + "\n".join(reasons)
+            + "\nMend or move them away, or start anew with another ckpt.save_ckpt_folder (or ckpt.auto_resume=False)."
+        )
+
+    def _verified(self, storage: Storage, folder: str) -> Found:
+        """Checks all files of a checkpoint, each rank its share. Raises BrokenCheckpointError on all ranks alike."""
+        mine_first = _try_manifest(storage, folder) if self.control.rank == 0 else (None, [])
+        manifest, problems = self.control.from_first(mine_first)
+        if manifest is not None:
+            by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+            mine = check_files(storage, folder, manifest, by_size[self.control.rank :: self.control.size])
+            for problem in mine:
+                logger.warning("%s: %s", storage.show(folder), problem)
+            problems = [problem for part in self.control.gather(mine) for problem in part]
+        if manifest is None or problems:
+            raise BrokenCheckpointError(f"{storage.show(folder)}: {'; '.join(problems[:4])}")
+        return Found(storage, folder, manifest)
+
+    def _load_named(self, info: LoadConfig) -> None:
+        """Loads the checkpoint that `ckpt.load_ckpt_info` names."""
+        parent, _, folder = info.path.rstrip("/").rpartition("/")
+        storage = Storage(parent or ("/" if info.path.startswith("/") else "."))
+        if "optimizer" in info.content and "model" not in info.content:
+            raise UserError('ckpt.load_ckpt_info.content: "optimizer" needs "model": masters and parameters are one')
+        try:
+            found = self._verified(storage, folder)
+        except BrokenCheckpointError as error:
+            raise UserError(f"ckpt.load_ckpt_info.path: {error}{_hint(storage, folder)}") from error
+        self._load(found, info.content)
+        logger.info("loaded %s from %s", ", ".join(info.content), found)
+
+    def _load(self, found: Found, content: Sequence[str]) -> None:
+        check_model(found.text("config.json"), self.config, str(found))
+        saved = found.text("state.json")
+        everything = "all" in content
+        kinds = {"param"} if everything or "model" in content else set()
+        if everything or "optimizer" in content:
+            kinds |= {"master", "exp_avg", "exp_avg_sq"}
+            self.optimizer.load_state_dict(saved["optimizer"])
+        if kinds:
+            self._load_tensors(found, kinds)
+        state = self.state.state_dict()
+        for key, value in saved["train"].items():
+            part = "scheduler" if key == "step_count" else "sampler"
+            if everything or part in content:
+                state[key] = value
+        self.state.load_state_dict(state)
+        if everything:
+            self._load_rng(found)
+
+    def _load_tensors(self, found: Found, kinds: set[str]) -> None:
+        """Fills this rank's pieces; whoever lacks something tells all ranks, so that none waits for it for ever."""
+        problem = None
+        try:
+            shards = [name for name in found.manifest.files if name.startswith(("model-", "optimizer-"))]
+            index = ShardIndex(found.storage, [f"{found.folder}/{name}" for name in shards])
+            for piece in self.optimizer.pieces():
+                if piece.kind in kinds:
+                    piece.write(index.read(piece))
+        except UserError as error:
+            problem = str(error)
+        problems = [text for text in self.control.gather(problem) if text]
+        if problems:
+            raise UserError(f"{found}: {problems[0]}")
+        self.optimizer.loaded(kinds)
+
+    def _load_rng(self, found: Found) -> None:
+        saved_ranks = found.manifest.world["ranks"]
+        if saved_ranks == self.control.size:
+            set_rng_state(read_tensors(found.storage, f"{found.folder}/{rng_file(self.control.rank)}"))
+        else:
+            logger.info(
+                "random states start afresh: %d rank(s) wrote the checkpoint, %d read it",
+                saved_ranks,
+                self.control.size,
+            )
+
+    def _load_hf(self, info: LoadConfig) -> None:
+        """Takes the parameters from a Hugging Face folder; there is nothing else in it."""
+        others = sorted(set(info.content) - {"model"})
+        if others:
+            raise UserError(
+                f"ckpt.load_ckpt_info.content: {', '.join(others)} can't come from Hugging Face folder {info.path}, "
+                'which holds nothing but the model: use content=("model",)'
+            )
+        reader = HFReader(info.path, self.config.model)
+        name, value = "", None
+        for piece in self.optimizer.pieces():
+            if piece.kind != "param":
+                continue
+            if piece.name != name:
+                name, value = piece.name, reader.value_of(piece.name, piece.global_shape)
+            assert value is not None
+            piece.write(value[tuple(slice(start, stop) for start, stop in piece.box)])
+        self.optimizer.loaded({"param"})
+        logger.info("loaded the model from Hugging Face folder %s", info.path)
+
+
+def rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+def _try_manifest(storage: Storage, folder: str) -> tuple[Manifest | None, list[str]]:
+    try:
+        return read_manifest(storage, folder), []
+    except BrokenCheckpointError as error:
+        return None, [str(error)]
+
+
+def _hint(storage: Storage, folder: str) -> str:
+    """Where a folder of checkpoints was named instead of one of them."""
+    inside = list_checkpoints(Storage(storage.show(folder)))
+    return f"; it holds checkpoints, name one of them: {', '.join(name for _, name in inside[:8])}" if inside else ""

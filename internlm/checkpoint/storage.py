@@ -1,0 +1,107 @@
+"""Files of checkpoints on a local disk or behind any fsspec URL (s3://, gs://, hdfs://, memory:// ...).
+
+A local file is fsynced before it counts, and a folder appears by one rename. Object stores know neither: there an
+object appears whole when it is closed, and the last object written is the mark that the others are complete.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Storage:
+    """A root folder. Paths are relative to it, with forward slashes. Safe to use from several threads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.fs, root = fsspec.core.url_to_fs(url)
+        self.root = root.rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def join(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    def show(self, path: str) -> str:
+        """How messages call `path`."""
+        return f"{self.url}/{path}" if path else self.url
+
+    def names(self, path: str = "") -> list[str]:
+        """The entries of a folder, sorted; none if it does not exist."""
+        if self.is_local:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return sorted(os.listdir(self.join(path)))
+            return []
+        self.fs.invalidate_cache()  # another rank may have written since the last look
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.join(path), detail=False)})
+        return []
+
+    def size(self, path: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return os.path.getsize(self.join(path)) if self.is_local else int(self.fs.size(self.join(path)))
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Bytes [start, stop) of a file; fewer where it ends earlier. Raises FileNotFoundError."""
+        if not self.is_local:
+            return bytearray(self.fs.cat_file(self.join(path), start=start, end=stop))
+        with open(self.join(path), "rb", buffering=0) as file:
+            stop = os.fstat(file.fileno()).st_size if stop is None else stop
+            data = bytearray(max(0, stop - start))
+            file.seek(start)
+            view, length = memoryview(data), 0
+            while length < len(data) and (got := file.readinto(view[length:])):  # one call moves 2 GiB at most
+                length += got
+            view.release()
+            del data[length:]
+        return data
+
+    def chunks(self, path: str, size: int = 1 << 22) -> Iterator[bytes]:
+        """The bytes of a file in order. Raises FileNotFoundError."""
+        with self.fs.open(self.join(path), "rb") as file:
+            while chunk := file.read(size):
+                yield chunk
+
+    @contextmanager
+    def writer(self, path: str) -> Iterator[Callable[[bytes | memoryview], None]]:
+        """A function that appends to a new file; the file is on disk when the `with` ends."""
+        file: IO[bytes]
+        if self.is_local:
+            with open(self.join(path), "wb") as file:
+                yield lambda data: _write_all(file, data)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            with self.fs.open(self.join(path), "wb") as file:
+                yield lambda data: _write_all(file, data)
+
+    def make_folder(self, path: str) -> None:
+        self.fs.makedirs(self.join(path), exist_ok=True)
+
+    def rename_folder(self, old: str, new: str) -> None:
+        """Renames on a local disk, durably: the entries of both the folder and its parent are synced."""
+        assert self.is_local, "object stores don't rename"
+        _sync_folder(self.join(old))
+        os.rename(self.join(old), self.join(new))
+        _sync_folder(os.path.dirname(self.join(new)))
+
+    def remove(self, path: str) -> None:
+        """Removes a file or a folder with all it holds; nothing happens where nothing is."""
+        with suppress(FileNotFoundError):
+            self.fs.rm(self.join(path), recursive=True)
+
+
+def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    for start in range(0, len(data), 1 << 26):  # object-store buffers copy what they are given: keep pieces small
+        file.write(data[start : start + (1 << 26)])
+
+
+def _sync_folder(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

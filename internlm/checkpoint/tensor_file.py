@@ -1,0 +1,120 @@
+"""safetensors files, written in one pass with their sha256, and read by byte ranges.
+
+The format (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each
+tensor's dtype, shape and byte range, then the bytes. It is read here directly, since the library maps local files only
+and a checkpoint may lie in an object store; the tests read the same files with the library.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.storage import Storage
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_HEADER_LIMIT = 100 << 20  # of the format
+_HASH_STEP = 1 << 22  # bytes per update, so that other threads of the process get their turn
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says about a file."""
+
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+
+def write_bytes(storage: Storage, path: str, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Writes the parts one after another and hashes them on the way."""
+    size, digest = 0, hashlib.sha256()
+    with storage.writer(path) as write:
+        for part in parts:
+            for start in range(0, len(part), _HASH_STEP):
+                piece = part[start : start + _HASH_STEP]
+                digest.update(piece)
+                write(piece)
+            size += len(part)
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_tensors(storage: Storage, path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> FileRecord:
+    """Writes CPU tensors under their keys."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the first tensor starts aligned
+    parts = [len(text).to_bytes(8, "little"), text]
+    return write_bytes(storage, path, [*parts, *(_bytes_of(tensor) for tensor in tensors.values())])
+
+
+def read_header(storage: Storage, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries by key, and the metadata. Raises ValueError where the file is no safetensors file."""
+    length = int.from_bytes(storage.read(path, 0, 8), "little")
+    if length > _HEADER_LIMIT:
+        raise ValueError(f"{storage.show(path)}: header of {length} bytes; not a safetensors file")
+    header = json.loads(storage.read(path, 8, 8 + length))
+    metadata = header.pop("__metadata__", {})
+    entries = {
+        key: TensorEntry(path, _DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0])
+        for key, about in header.items()
+    }
+    return entries, metadata
+
+
+def read_slice(storage: Storage, entry: TensorEntry, box: tuple[tuple[int, int], ...]) -> Tensor:
+    """The part [start, stop) per dim of a stored tensor; reads from its first to its last element, no more."""
+    strides = torch.empty(entry.shape, device="meta").stride()
+    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    last = sum((stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True))
+    width = entry.dtype.itemsize
+    data = storage.read(entry.path, entry.start + first * width, entry.start + (last + 1) * width)
+    if len(data) != (last + 1 - first) * width:
+        raise ValueError(f"{storage.show(entry.path)}: ends inside a tensor")
+    flat = torch.frombuffer(data, dtype=entry.dtype)
+    return flat.as_strided([stop - start for start, stop in box], strides)
+
+
+def read_tensors(storage: Storage, path: str) -> dict[str, Tensor]:
+    """All tensors of a small file."""
+    entries, _ = read_header(storage, path)
+    return {key: read_slice(storage, entry, tuple((0, n) for n in entry.shape)) for key, entry in entries.items()}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
