@@ -1,0 +1,286 @@
+"""Models out to Hugging Face folders and in from them.
+
+Both directions go tensor by tensor: an export holds one native parameter in memory, an import what was asked for.
+config.json is written last, so a folder with one is a whole export.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.hf_config import check_same, config_json, model_section, preset_of
+from internlm.checkpoint.hf_names import (
+    REMOTE_CODE,
+    Entry,
+    check_layout,
+    default_layout,
+    entries,
+    native_shapes,
+    normalised_rows,
+    to_half_split,
+    to_interleaved,
+)
+from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice
+from internlm.config.schema import Config, ModelConfig
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_INDEX = "model.safetensors.index.json"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "10GB", "500MiB" or a plain number. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise UserError(f"size {text!r} is not understood; write it like 10GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def export_hf(
+    named: Callable[[str], Tensor],
+    config: Config,
+    folder: str | Path,
+    arch: str | None = None,
+    dtype: str = "auto",
+    max_shard: str = "10GB",
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write the model as a Hugging Face folder: config.json, safetensors, generation_config.json, tokenizer files.
+
+    `named(name)` returns a global native parameter in any dtype on any device; each is asked for once, in order.
+    `arch`: a layout of `hf_names`, None for the one that transformers loads without remote code. `dtype`: "float32",
+    "float16", "bfloat16", or "auto" for the model's own. `tokenizer`: a sentencepiece model or a Hugging Face folder.
+    Raises UserError before anything is written, except where a value does not fit into float16.
+    """
+    folder, model = Path(folder).expanduser(), config.model
+    layout = arch or default_layout(model)
+    check_layout(layout, model)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = model.dtype.removeprefix("torch.").replace("tf32", "float32")
+    limit = parse_size(max_shard)
+    source = None if tokenizer is None else open_tokenizer(tokenizer, model.vocab_size)
+    _prepare_folder(folder, force)
+
+    shapes = native_shapes(model)
+    # Normalised rows serve as head only: the embedding keeps its own values.
+    tied = model.tie_word_embeddings and not model.norm_head
+    if not tied:
+        shapes["head.weight"] = shapes["embedding.weight"]
+    _write_weights(folder, entries(layout, shapes), _Native(named, model), dtype, limit)
+    if source is not None:
+        write_tokenizer(source, folder, model.max_position_embeddings)
+    else:
+        logger.warning(f"{folder} gets no tokenizer files, since no tokenizer was given")
+    special_ids = (
+        dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if source is None else source.special_ids
+    )
+    _write_json(folder / "generation_config.json", {key: i for key, i in special_ids.items() if i is not None})
+    _write_json(folder / "config.json", config_json(layout, model, dtype, tied, special_ids))
+    logger.info(f"exported {folder} as {layout} in {dtype}")
+    if layout in REMOTE_CODE:
+        logger.warning(
+            f"transformers has no class for the layout {layout}: loading {folder} needs the published "
+            f"modeling_{layout}.py and configuration_{layout}.py beside config.json, and trust_remote_code=True"
+        )
+
+
+class _Native:
+    """Native parameters as an export wants them; remembers the last, from which neighbours are cut."""
+
+    def __init__(self, named: Callable[[str], Tensor], model: ModelConfig) -> None:
+        self.named, self.model = named, model
+        self.name, self.value = "", torch.empty(0)
+
+    def __call__(self, name: str) -> Tensor:
+        if name != self.name:
+            self.value = torch.empty(0)  # freed before the next one is read
+            self.value, self.name = self._read(name), name
+        return self.value
+
+    @torch.no_grad()
+    def _read(self, name: str) -> Tensor:
+        tied_head = name == "head.weight" and self.model.tie_word_embeddings
+        value = self.named("embedding.weight" if tied_head else name).detach().cpu()
+        if self.model.norm_head and name == "head.weight":
+            value = normalised_rows(value)
+        return to_half_split(name, value) if self.model.qk_interleaved else value
+
+
+def _prepare_folder(folder: Path, force: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"target {folder} is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise UserError(f"target folder {folder} is not empty; give another one, or --force to replace an export")
+        for old in ("config.json", _INDEX, *(file.name for file in folder.glob("model*.safetensors"))):
+            (folder / old).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_weights(folder: Path, tensors: list[Entry], native: _Native, dtype: str, limit: int) -> None:
+    """One file, or several of at most `limit` bytes each (a larger tensor gets one of its own) and their index."""
+    width = DTYPES[dtype].itemsize
+    shards: list[list[Entry]] = []
+    room = 0
+    for entry in tensors:
+        size = math.prod(entry.shape) * width
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= size
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        logger.info(f"writing {folder / name}: {len(shard)} tensors")
+        _write_shard(folder, name, shard, native, dtype)
+    if len(shards) > 1:
+        numel = sum(math.prod(entry.shape) for entry in tensors)
+        weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        metadata = {"total_parameters": numel, "total_size": numel * width}
+        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, dtype: str) -> None:
+    """A safetensors file, written tensor by tensor: its header needs shapes only."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    offset = 0
+    for entry in shard:
+        end = offset + math.prod(entry.shape) * DTYPES[dtype].itemsize
+        header[entry.name] = {"dtype": _FILE_DTYPES[dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Storage(str(folder)).writer(name) as write:
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for entry in shard:
+            value = _cast(entry.cut(native(entry.native)), DTYPES[dtype], entry.name).contiguous()
+            write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`value` in `dtype`; raises UserError where a finite value would become infinite."""
+    cast = value.to(dtype)
+    if dtype == torch.float16 and value.dtype != dtype and bool((cast.isinf() & value.isfinite()).any()):
+        raise UserError(
+            f"{name} holds {value.float().abs().max():.6g}, float16 ends at 65504: export with --dtype bfloat16"
+        )
+    return cast
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+class HFReader:
+    """A Hugging Face folder (or fsspec URL), read as native parameters.
+
+    With `model`, the folder must hold that model, and parameters come in its conventions (qk_interleaved).
+    Raises UserError for a folder that cannot be read or does not fit.
+    """
+
+    def __init__(self, folder: str | Path, model: ModelConfig | None = None) -> None:
+        self.folder = str(folder)
+        self._storage = Storage(self.folder)
+        if "config.json" not in self._storage.names():
+            raise UserError(f"{self.folder} holds no config.json; give a folder in Hugging Face format")
+        self._hf = self._read_json("config.json")
+        file = self._storage.show("config.json")
+        section = model_section(self._hf, file)
+        if model is not None:
+            check_same(model, section, file)
+        self._interleaved = model is not None and model.qk_interleaved
+        dtype = self._hf.get("dtype") or self._hf.get("torch_dtype")
+        self._section = {**section, "dtype": f"torch.{dtype}" if dtype in DTYPES else "torch.float32"}
+        self._files = self._tensor_files()
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self._entries: dict[str, list[Entry]] = {}
+        for entry in entries(self._hf["model_type"], native_shapes(ModelConfig(**self._section))):
+            self._entries.setdefault(entry.native, []).append(entry)
+        self._check_names()
+
+    @property
+    def model_type(self) -> str:
+        """The preset that comes nearest to the folder's model."""
+        return preset_of(self._hf)
+
+    def config_model(self) -> dict[str, Any]:
+        """Keys of the model section that describe the folder's model, `dtype` as its config.json says."""
+        return dict(self._section)
+
+    def value_of(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The native parameter `name` as fp32 tensor of `shape` on the CPU."""
+        assert name in self._entries, f"{name} is no parameter of {self._section}"
+        value = torch.empty(shape, dtype=torch.float32)
+        for entry in self._entries[name]:
+            entry.paste(value, self._tensor(entry))
+        return to_interleaved(name, value) if self._interleaved else value
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        path = self._files[entry.name]
+        try:
+            if path not in self._headers:
+                self._headers[path], _ = read_header(self._storage, path)
+            stored = self._headers[path].get(entry.name)
+            if stored is None:
+                raise UserError(f"{self._storage.show(path)} lacks {entry.name}, which the index promises")
+            if stored.shape != entry.shape:
+                raise UserError(
+                    f"{self._storage.show(path)}: {entry.name} is {list(stored.shape)}, "
+                    f"by config.json it should be {list(entry.shape)}"
+                )
+            return read_slice(self._storage, stored, tuple((0, size) for size in stored.shape))
+        except FileNotFoundError as error:
+            raise UserError(f"{self._storage.show(path)} is missing; it holds {entry.name}") from error
+        except (ValueError, KeyError) as error:  # no header, an end too early, a dtype that we don't know
+            raise UserError(f"{self._storage.show(path)} is damaged or not readable: {error}") from error
+
+    def _tensor_files(self) -> dict[str, str]:
+        """The file of each tensor."""
+        names = self._storage.names()
+        if _INDEX in names:
+            return self._read_json(_INDEX)["weight_map"]
+        if "model.safetensors" in names:
+            header, _ = read_header(self._storage, "model.safetensors")
+            return dict.fromkeys(header, "model.safetensors")
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            raise UserError(
+                f"{self.folder} holds pickled weights, which can run code when they are read and are refused: "
+                "convert them with transformers (from_pretrained, then save_pretrained writes safetensors)"
+            )
+        raise UserError(f"{self.folder} holds neither model.safetensors nor {_INDEX}")
+
+    def _check_names(self) -> None:
+        expected = {entry.name for parts in self._entries.values() for entry in parts}
+        missing = sorted(expected - self._files.keys())
+        # Buffers of old exports, and the copy of a tied head.
+        spare = ("rotary_emb.inv_freq", "lm_head.weight", "output.weight")
+        unknown = sorted(name for name in self._files.keys() - expected if not name.endswith(spare))
+        for what, names in (("lacks", missing), ("holds tensors that its config.json does not explain:", unknown)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise UserError(f"{self.folder} {what} {', '.join(names[:3])}{more}")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads(self._storage.read(name))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._storage.show(name)} is not JSON: {error}") from error

@@ -1,0 +1,169 @@
+"""config.json of a Hugging Face folder, from and to the model section of a config."""
+
+from typing import Any
+
+from internlm.config.schema import ModelConfig
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "internlm": "InternLMForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+}
+_PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2"}  # of the remote-code classes
+# What a reader may set otherwise without loading a different set of weights.
+_FREE = ("rope_base", "max_position_embeddings")
+
+
+def config_json(layout: str, model: ModelConfig, dtype: str, tied: bool, special_ids: dict[str, Any]) -> dict[str, Any]:
+    """The file for an export in `layout` with tensors of `dtype` ("float16").
+
+    `special_ids` holds bos_token_id, eos_token_id and pad_token_id. Rotary and dtype fields are written under the
+    names of transformers 5 and under the older ones that other engines read.
+    """
+    return {
+        "architectures": [_CLASSES[layout]],
+        "model_type": layout,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": 0.02,
+        "rms_norm_eps": model.layer_norm_epsilon,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        **special_ids,
+        **_layout_fields(layout, model),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
+    """Fields that only one family reads."""
+    theta = {"rope_theta": model.rope_base, "rope_scaling": None}
+    if layout == "internlm":
+        # "origin": plain rotary at any length, as trained; the published default "dynamic" changes long positions.
+        rotary = {"base": model.rope_base, "type": "origin"}
+        return {"bias": model.qkv_bias, "rotary": rotary, "auto_map": _auto_map(layout)}
+    if layout == "internlm2":
+        return {"bias": model.qkv_bias, **theta, "attn_implementation": "eager", "auto_map": _auto_map(layout)}
+    common = {
+        "head_dim": model.head_size,
+        "attention_dropout": 0.0,
+        **theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+    }
+    if layout == "qwen2":
+        return {**common, "use_sliding_window": False}
+    if layout == "qwen3":
+        return {**common, "use_sliding_window": False, "attention_bias": model.qkv_bias}
+    return {**common, "attention_bias": model.qkv_bias, "mlp_bias": False}
+
+
+def _auto_map(layout: str) -> dict[str, str]:
+    model_class = f"modeling_{layout}.{_CLASSES[layout]}"
+    return {
+        "AutoConfig": f"configuration_{layout}.{_PREFIXES[layout]}Config",
+        "AutoModel": model_class,  # the published examples load with AutoModel
+        "AutoModelForCausalLM": model_class,
+    }
+
+
+def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
+    """The keys of `ModelConfig` that a config.json fixes. `file` is its name in messages.
+
+    Raises UserError for a family or a switch that `Transformer` lacks.
+    """
+    layout = hf.get("model_type")
+    if layout not in _CLASSES:
+        raise UserError(f"{file}: model_type={layout!r} is not supported; supported are {', '.join(_CLASSES)}")
+    _refuse_unknown_switches(hf, file)
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in needed if key not in hf]
+    if missing:
+        raise UserError(f"{file}: {', '.join(missing)} missing; this is not the config.json of a whole model")
+    heads = hf["num_attention_heads"]
+    bias = hf.get("bias", True) if layout in _PREFIXES else hf.get("attention_bias", False)
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "vocab_size": hf["vocab_size"],
+        "num_attention_heads": heads,
+        "num_kv_attention_heads": hf.get("num_key_value_heads") or heads,
+        # The one family whose default is a number, not the quotient.
+        "head_dim": hf.get("head_dim") or (128 if layout == "qwen3" else hf["hidden_size"] // heads),
+        "intermediate_size": hf["intermediate_size"],
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        "rope_base": float(_rope(hf).get("rope_theta", 10000.0)),
+        "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "qkv_bias": True if layout == "qwen2" else bias,
+        "out_bias": False if layout == "qwen2" else bias,
+        "qk_norm": layout == "qwen3",
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+    }
+
+
+def preset_of(hf: dict[str, Any]) -> str:
+    """The model_type whose preset comes nearest."""
+    if hf["model_type"] == "llama":
+        return "INTERNLM" if hf.get("attention_bias") else "LLAMA2"
+    return {"internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC", "qwen2": "QWEN2", "qwen3": "QWEN3"}[
+        hf["model_type"]
+    ]
+
+
+def check_same(model: ModelConfig, found: dict[str, Any], file: str) -> None:
+    """Raise UserError with both values for every key in which the user's model differs from the folder's."""
+    ours = {
+        **model.model_dump(),
+        "num_kv_attention_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.ffn_size,
+    }
+    differing = {key: value for key, value in found.items() if ours[key] != value}
+    for key in [key for key in differing if key in _FREE]:
+        logger.warning(f"model.{key} is {ours[key]}, {file} says {differing.pop(key)}: the config's value is used")
+    if differing:
+        lines = [f"  model.{key} is {ours[key]}, the folder has {value}" for key, value in differing.items()]
+        raise UserError(
+            "\n".join([f"the config does not describe the model in {file}:", *lines, "set these keys alike"])
+        )
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings under the names of transformers 5, from any of the places where they were once kept."""
+    rotary = hf.get("rotary") or {}  # InternLM, 2023
+    theta = hf.get("rope_theta", rotary.get("base", 10000.0))
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return {"rope_theta": theta, **scaling, "rope_type": kind}
+
+
+def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
+    rope = _rope(hf)
+    wrong = {
+        "hidden_act": hf.get("hidden_act", "silu") != "silu",
+        "mlp_bias": hf.get("mlp_bias", False),
+        "use_sliding_window": hf.get("use_sliding_window", False),
+        "quantization_config": hf.get("quantization_config") is not None,
+        # "dynamic" changes positions beyond max_position_embeddings only.
+        "rope_scaling": rope["rope_type"] not in ("default", "dynamic"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1,
+    }
+    found = [f"{key}={hf.get(key, rope.get(key, rope['rope_type']))}" for key, is_wrong in wrong.items() if is_wrong]
+    if found:
+        raise UserError(f"{file}: {', '.join(found)} is not supported by our Transformer; choose another model")
+    if rope["rope_type"] == "dynamic":
+        logger.warning(
+            f"{file}: dynamic rotary scaling is not applied; results are the same up to max_position_embeddings"
+        )

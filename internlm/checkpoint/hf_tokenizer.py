@@ -1,0 +1,226 @@
+"""The tokenizer files of a Hugging Face folder, from a sentencepiece model or from another folder.
+
+The only place that needs `tokenizers` and `protobuf` (requirements/export.txt).
+
+tokenizer.json is built here and named PreTrainedTokenizerFast, because that class takes the file as it is.
+LlamaTokenizer of transformers 5 rebuilds its own pre-tokenizer and ignores the sentencepiece normaliser's switches.
+tokenizer.model is copied beside it for engines that read sentencepiece themselves.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+_SPACE = "\u2581"  # how sentencepiece writes a blank
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Texts on which the written tokenizer must agree with sentencepiece: blanks, line ends, digits, scripts, unknown bytes.
+_PROBES = (
+    "Hello, world!",
+    "  two  blanks\n\n\tand a tab ",
+    "def f(x):\n    return x ** 2 + 3.14159\n",
+    "书生·浦语 是一个语言模型。",
+    "two\r\nlines",
+    "naïve Ünïcödé ﬁ ½ Ａ \u00a0 \u3000 🦙 \u0378",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """What an export needs to know of a tokenizer before it writes anything."""
+
+    path: Path
+    size: int  # ids
+    special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id; None where there is none
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+
+def open_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
+    """Look at a sentencepiece model file or a Hugging Face folder. Raises UserError if it does not fit the model."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"tokenizer {path} does not exist; give a sentencepiece .model file or a Hugging Face folder")
+    source = _open_folder(path) if path.is_dir() else _open_sentencepiece(path)
+    if source.size > vocab_size:
+        raise UserError(
+            f"tokenizer {path} has {source.size} ids, the model's vocab_size is {vocab_size}: "
+            "it is not the one that the model was trained with"
+        )
+    if source.size < vocab_size:
+        logger.warning(f"tokenizer {path} has {source.size} ids, the model {vocab_size}: the rest is never produced")
+    return source
+
+
+def write_tokenizer(source: TokenizerSource, folder: Path, max_length: int) -> None:
+    """Write the tokenizer files into `folder`. `max_length` is the longest input in tokens."""
+    if source.is_folder:
+        for name in _COPIED:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, folder / name)
+        return
+    processor = SentencePieceProcessor(model_file=str(source.path))
+    shutil.copyfile(source.path, folder / "tokenizer.model")
+    bos, eos, unk = (processor.id_to_piece(index) if index >= 0 else None for index in _special_ids(processor))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": unk,
+        "pad_token": eos,  # as InternLM's exports; it has no piece for padding
+        "add_bos_token": bos is not None,
+        "add_eos_token": False,
+        "padding_side": "left",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings[key]}
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_fast_tokenizer(processor, folder / "tokenizer.json")
+
+
+def _special_ids(processor: SentencePieceProcessor) -> tuple[int, int, int]:
+    return processor.bos_id(), processor.eos_id(), processor.unk_id()
+
+
+def _open_sentencepiece(path: Path) -> TokenizerSource:
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+    bos, eos, _ = (index if index >= 0 else None for index in _special_ids(processor))
+    return TokenizerSource(
+        path, processor.vocab_size(), {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    )
+
+
+def _open_folder(path: Path) -> TokenizerSource:
+    if not (path / "tokenizer.json").exists():
+        if (path / "tokenizer.model").exists():
+            return _open_sentencepiece(path / "tokenizer.model")
+        raise UserError(f"tokenizer folder {path} holds neither tokenizer.json nor tokenizer.model")
+    about = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = about["model"]["vocab"]
+    ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
+    added = {token["content"]: token["id"] for token in about.get("added_tokens", [])}
+    settings = _read_json(path / "tokenizer_config.json")
+    special: dict[str, Any] = {}
+    for kind in ("bos", "eos", "pad"):
+        token = settings.get(f"{kind}_token")
+        special[f"{kind}_token_id"] = added.get(token["content"] if isinstance(token, dict) else token)
+    # A chat model stops at more ids than its tokenizer's eos.
+    stop = _read_json(path / "generation_config.json").get("eos_token_id")
+    return TokenizerSource(
+        path, 1 + max([*ids, *added.values()]), special | ({} if stop is None else {"eos_token_id": stop})
+    )
+
+
+def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path) -> None:
+    """tokenizer.json with the algorithm, merges and switches of the sentencepiece model."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+        from tokenizers import AddedToken, Tokenizer, processors
+    except ImportError as error:
+        raise UserError(
+            f"writing tokenizer.json needs a package that is missing ({error.name}): "
+            'pip install "internlm[export]", or give a Hugging Face folder as the tokenizer'
+        ) from error
+    proto = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    tokenizer = Tokenizer(_algorithm(proto))
+    tokenizer.normalizer, tokenizer.decoder = _normaliser(proto.normalizer_spec), _decoder(proto.normalizer_spec)
+    kinds = proto.SentencePiece
+    for piece in proto.pieces:
+        if piece.type in (kinds.UNKNOWN, kinds.CONTROL):
+            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in user_defined])
+    if processor.bos_id() >= 0:
+        bos = processor.id_to_piece(processor.bos_id())
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, processor.bos_id())]
+        )
+    differing = [t for t in _PROBES if tokenizer.encode(t, add_special_tokens=False).ids != processor.encode(t)]
+    if differing:
+        logger.warning(
+            f"tokenizer.json and tokenizer.model differ on {differing}: this sentencepiece model uses features "
+            "that tokenizer.json cannot express; prefer tokenizer.model"
+        )
+    tokenizer.save(str(file))
+
+
+def _algorithm(proto: Any) -> Any:
+    """BPE or unigram model of `tokenizers` with the pieces' ids."""
+    from tokenizers import models
+
+    trainer, pieces = proto.trainer_spec, proto.pieces
+    if trainer.model_type == trainer.UNIGRAM:
+        scored = [(piece.piece, piece.score) for piece in pieces]
+        return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    if trainer.model_type != trainer.BPE:
+        raise UserError("only BPE and unigram sentencepiece models can be exported, not word or char models")
+    vocab = {piece.piece: index for index, piece in enumerate(pieces)}
+    # sentencepiece merges whatever neighbours form a piece, best score first; `tokenizers` wants the pairs listed.
+    normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+    splits = (
+        (-score, vocab[text[:cut]], vocab[text[cut:]], (text[:cut], text[cut:]))
+        for text, score in normal.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
+    )
+    return models.BPE(
+        vocab,
+        [pair for *_, pair in sorted(splits)],
+        unk_token=pieces[trainer.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _normaliser(spec: Any) -> Any:
+    """What sentencepiece does to a text before it looks for pieces."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+
+
+def _decoder(spec: Any) -> Any:
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else steps)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
