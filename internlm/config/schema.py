@@ -5,9 +5,9 @@ its style. Old spellings are mapped in `legacy.py`, presets per `model_type` in 
 several sections are found in `checks.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["torch.float32", "torch.tf32", "torch.bfloat16", "torch.float16"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -18,6 +18,11 @@ class Section(BaseModel):
     """Base of all sections: read only, and a key that nobody knows is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+def _value(section: Any, key: str) -> Any:
+    """What a section says about `key`, be it a dict or built already; None when it says nothing."""
+    return section.get(key) if isinstance(section, dict) else getattr(section, key, None)
 
 
 class ModelConfig(Section):
@@ -151,7 +156,7 @@ class LoadConfig(Section):
 
     path: str = Field(description="checkpoint folder")
     content: tuple[Literal["model", "optimizer", "scheduler", "sampler", "all"], ...] = Field(
-        ("model",), description="what is taken from it"
+        ("model",), strict=False, description="what is taken from it"
     )
     ckpt_type: Literal["internlm", "hf"] = Field("internlm", description="internlm: our folders; hf: Hugging Face")
 
@@ -163,7 +168,7 @@ class AdamConfig(Section):
     adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon of the update")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled weight decay")
     no_decay: tuple[str, ...] = Field(
-        (), description='parameters without weight decay, as patterns such as "*norm.weight"; 2023: none'
+        (), strict=False, description='parameters without weight decay, as patterns such as "*norm.weight"; 2023: none'
     )
 
 
@@ -171,7 +176,7 @@ class LRSchedulerConfig(Section):
     type: Literal["cosine", "wsd", "constant"] = Field("cosine", description="form after the warm-up")
     total_steps: PositiveInt | None = Field(None, description="length of the schedule; None: data.total_steps")
     init_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps at learning rate 0 before the warm-up")
-    warmup_ratio: Fraction = Field(0.01, description="share of total_steps spent in the linear warm-up")
+    warmup_ratio: Fraction = Field(0.0, description="share of total_steps spent in the linear warm-up")
     decay_ratio: Fraction = Field(0.1, description="wsd: share of total_steps spent in the final linear decay")
     eta_min: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
 
@@ -189,7 +194,8 @@ class HybridZeroConfig(Section):
     clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm limit; 0: no clipping")
     master: Literal["split", "fp32"] = Field(
         "split",
-        description="fp32 master of bf16 parameters: split = parameter + 16-bit remainder (2 bytes), fp32 = copy",
+        description="fp32 master of 16-bit parameters: split = bf16 parameter + 16-bit remainder (2 more bytes), "
+        "fp32 = copy (4 more bytes); with float16 the default is fp32",
     )
     grad_dtype: Literal["model", "torch.float32"] = Field(
         "model", description="dtype in which gradients are accumulated and reduced"
@@ -233,6 +239,12 @@ class Zero1Config(AxisConfig):
     size: int = Field(-1, description="ranks that share one set of optimizer states; -1: all data ranks")
 
 
+class GradientConfig(AxisConfig):
+    size: int = Field(
+        1, description="ranks that share one set of accumulated gradients; -1: all data ranks; left out: weight.size"
+    )
+
+
 class TensorConfig(AxisConfig):
     mode: Literal["mtp", "msp", "fsp", "isp"] = Field("mtp", description="how a tensor-parallel group shares the work")
 
@@ -246,10 +258,19 @@ class ParallelConfig(Section):
     """Ranks per axis. ZeRO sizes form a divisor chain: weight | gradient | zero1 | data-parallel size."""
 
     zero1: Zero1Config = Field(Zero1Config(), description="shards of optimizer states")
-    gradient: AxisConfig = Field(AxisConfig(), description="shards of accumulated gradients (ZeRO-2)")
+    gradient: GradientConfig = Field(GradientConfig(), description="shards of accumulated gradients (ZeRO-2)")
     weight: WeightConfig = Field(WeightConfig(), description="shards of parameters")
     tensor: TensorConfig = Field(TensorConfig(), description="tensor parallel")
     pipeline: AxisConfig = Field(AxisConfig(), description="pipeline parallel")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gradient_follows_weight(cls, data: Any) -> Any:
+        """Gradients are cut at least as finely as parameters, so that is their default."""
+        size = _value(_value(data, "weight"), "size")
+        if isinstance(data, dict) and "gradient" not in data and size is not None:
+            return {**data, "gradient": {"size": size}}
+        return data
 
 
 class MonitorConfig(Section):
@@ -276,3 +297,14 @@ class Config(Section):
     loss: LossConfig = Field(LossConfig(), description="the objective")
     ckpt: CkptConfig = Field(CkptConfig(), description="checkpoints")
     monitor: MonitorConfig = Field(MonitorConfig(), description="outputs beside console and metrics.jsonl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _master_follows_dtype(cls, data: Any) -> Any:
+        """float16 has other exponent bits than float32, so its master cannot be split."""
+        if not isinstance(data, dict) or _value(data.get("model"), "dtype") != "torch.float16":
+            return data
+        engine = data.get("hybrid_zero_optimizer", {})
+        if isinstance(engine, dict) and "master" not in engine:
+            return {**data, "hybrid_zero_optimizer": {**engine, "master": "fp32"}}
+        return data

@@ -1,0 +1,239 @@
+"""Problems that span several keys or touch the machine's files, found before a process group or a GPU is touched.
+
+Every check is a pure function of the config (and the world size, where known) that yields one line a problem: the
+keys, their values, the arithmetic, and what to change.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from internlm.config.schema import Config
+from internlm.utils.errors import UserError
+
+Problems = Iterator[str]
+
+
+class ConfigError(UserError):
+    """All that is wrong with a config, at once."""
+
+    def __init__(self, title: str, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"{title}: {count}", *(f"  - {problem}" for problem in problems)]))
+
+
+def check(config: Config, world_size: int | None = None) -> None:
+    """Raises ConfigError with every problem of `config`; sizes against the number of ranks only when it is given."""
+    problems = find_problems(config, world_size)
+    if problems:
+        raise ConfigError(f"config of {config.JOB_NAME}", problems)
+
+
+def find_problems(config: Config, world_size: int | None = None) -> list[str]:
+    found = [problem for one in CHECKS for problem in one(config)]
+    return found + list(zero_sizes(config, world_size))
+
+
+def is_local(path: str) -> bool:
+    """Whether a path lies on this machine rather than behind a URL."""
+    return "://" not in path
+
+
+def heads(config: Config) -> Problems:
+    model = config.model
+    hidden, query = model.hidden_size, model.num_attention_heads
+    kv = model.num_kv_heads
+    if model.head_dim is None and hidden % query:
+        yield (
+            f"model.hidden_size = {hidden} does not divide by model.num_attention_heads = {query} "
+            f"({hidden} = {hidden // query} * {query} + {hidden % query}); change one or set model.head_dim"
+        )
+    elif model.head_size % 2:
+        origin = (
+            "model.head_dim" if model.head_dim else f"model.hidden_size / model.num_attention_heads = {hidden}/{query}"
+        )
+        yield f"{origin} = {model.head_size}: rotary turns pairs of elements, so it must be even"
+    if query % kv:
+        yield (
+            f"model.num_attention_heads = {query} does not divide by model.num_kv_attention_heads = {kv} "
+            f"({query} = {query // kv} * {kv} + {query % kv}): each key/value head serves as many query heads"
+        )
+
+
+def precision(config: Config) -> Problems:
+    engine = config.hybrid_zero_optimizer
+    if engine.master == "split" and config.model.dtype == "torch.float16":
+        yield (
+            'hybrid_zero_optimizer.master = "split" needs model.dtype = "torch.bfloat16", whose bits are the upper '
+            'half of float32; with "torch.float16" set master="fp32"'
+        )
+
+
+def batches(config: Config) -> Problems:
+    data = config.data
+    if data.rampup_batch_size:
+        yield from _rampup(data.rampup_batch_size, data.micro_num)
+    if data.skip_batches:
+        yield from _skip(data.skip_batches)
+    if data.type == "text" and data.tokenizer_path is None:
+        yield 'data.type = "text" needs data.tokenizer_path, a sentencepiece model'
+    if data.type in ("text", "megatron") and data.train_folder is None:
+        yield f'data.type = "{data.type}" needs data.train_folder'
+
+
+def _rampup(text: str, micro_num: int) -> Problems:
+    words = text.split()
+    if len(words) != 3 or not all(word.isdecimal() for word in words):
+        yield f'data.rampup_batch_size = {text!r}: expected three numbers "START INCR EVERY", as "2 2 100"'
+        return
+    start, increment, every = map(int, words)
+    if start < 1 or every < 1:
+        yield f"data.rampup_batch_size = {text!r}: START and EVERY are at least 1"
+    if start > micro_num:
+        yield f"data.rampup_batch_size = {text!r} starts with {start} micro batches, above data.micro_num = {micro_num}"
+    elif increment == 0 and start < micro_num:
+        yield f"data.rampup_batch_size = {text!r} adds 0 a time and never reaches data.micro_num = {micro_num}"
+
+
+def _skip(text: str) -> Problems:
+    last = -1
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if match is None:
+            yield f'data.skip_batches = {text!r}: {item!r} is neither a batch "N" nor a span "A-B"'
+            return
+        first, end = int(match[1]), int(match[2] or match[1])
+        if end < first:
+            yield f"data.skip_batches = {text!r}: the span {item.strip()} ends before it begins"
+        elif first <= last:
+            yield f"data.skip_batches = {text!r}: {item.strip()} comes after {last}; spans ascend and do not overlap"
+        last = max(last, end)
+
+
+def schedule(config: Config) -> Problems:
+    lr = config.lr_scheduler
+    total = lr.total_steps or config.data.total_steps
+    source = "lr_scheduler.total_steps" if lr.total_steps else "data.total_steps"
+    warmup = int(total * lr.warmup_ratio)
+    decay = int(total * lr.decay_ratio) if lr.type == "wsd" else 0
+    if lr.init_steps + warmup + decay > total:
+        terms = [f"lr_scheduler.init_steps {lr.init_steps}", f"warm-up {warmup} (warmup_ratio {lr.warmup_ratio})"]
+        terms += [f"decay {decay} (decay_ratio {lr.decay_ratio})"] if decay else []
+        yield f"{' + '.join(terms)} = {lr.init_steps + warmup + decay} steps, more than {source} = {total}"
+    if lr.type != "constant" and lr.eta_min > config.adam.lr:
+        yield f"lr_scheduler.eta_min = {lr.eta_min} is above the peak adam.lr = {config.adam.lr}"
+    beta2 = config.beta2_scheduler
+    if config.adam.adam_beta1 == 1 or config.adam.adam_beta2 == 1 or beta2.init_beta2 == 1:
+        yield "adam.adam_beta1, adam.adam_beta2 and beta2_scheduler.init_beta2 must be below 1"
+
+
+def unavailable(config: Config) -> Problems:
+    for axis in ("tensor", "pipeline"):
+        size = getattr(config.parallel, axis).size
+        if size != 1:
+            yield f"parallel.{axis}.size = {size}: {axis} parallel is not available yet; set 1"
+
+
+def zero_sizes(config: Config, world_size: int | None) -> Problems:
+    """The divisor chain p | g | os | dp; -1 stands for dp, which is unknown without a world size."""
+    parallel = config.parallel
+    chain: list[tuple[str, int]] = []
+    for key in ("weight", "gradient", "zero1"):
+        size = getattr(parallel, key).size
+        if size < 1 and size != -1:
+            yield f"parallel.{key}.size = {size}: expected a number of ranks, or -1 for all data ranks"
+            return
+        if size != -1:
+            chain.append((f"parallel.{key}.size", size))
+        elif world_size is not None:
+            chain.append((f"parallel.{key}.size", world_size))
+        elif key != "zero1" and parallel.zero1.size != -1:
+            os = parallel.zero1.size
+            yield f"parallel.{key}.size = -1 is all data ranks, but parallel.zero1.size = {os}; set that to -1 too"
+    if world_size is not None:
+        tensor, pipeline = parallel.tensor.size, parallel.pipeline.size
+        chain.append(
+            (f"the data-parallel size (world {world_size} / tensor {tensor} / pipeline {pipeline})", world_size)
+        )
+    for (inner, a), (outer, b) in pairwise(chain):
+        if b % a:
+            divisors = ", ".join(str(n) for n in range(1, b + 1) if b % n == 0)
+            yield (
+                f"{inner} = {a} does not divide {outer} = {b} ({b} = {b // a} * {a} + {b % a}); sizes form a chain "
+                f"weight | gradient | zero1 | data ranks. Set {inner} to one of {divisors}"
+            )
+
+
+def checkpoints(config: Config) -> Problems:
+    ckpt = config.ckpt
+    if ckpt.stop_file_path and not ckpt.enable_save_ckpt:
+        yield "ckpt.stop_file_path asks for saves on demand, but ckpt.enable_save_ckpt = False; set it True"
+    load = ckpt.load_ckpt_info
+    if load is None:
+        return
+    if not load.content:
+        yield "ckpt.load_ckpt_info.content is empty: name what to take, or set load_ckpt_info=None"
+    if load.ckpt_type == "hf" and set(load.content) - {"model"}:
+        yield f'ckpt.load_ckpt_info.content = {load.content}: a Hugging Face folder holds a model alone; set ("model",)'
+    if is_local(load.path):
+        yield from _folder("ckpt.load_ckpt_info.path", load.path)
+        if load.ckpt_type == "hf" and Path(load.path).is_dir() and not Path(load.path, "config.json").exists():
+            yield f"ckpt.load_ckpt_info.path = {load.path!r}: no config.json in it, so it is no Hugging Face folder"
+
+
+def files(config: Config) -> Problems:
+    data = config.data
+    if data.type != "synthetic":
+        for key in ("train_folder", "valid_folder"):
+            path = getattr(data, key)
+            if path is not None and is_local(path):
+                yield from _folder(f"data.{key}", path)
+        yield from _mixture(config)
+    if data.tokenizer_path is not None and is_local(data.tokenizer_path) and not Path(data.tokenizer_path).is_file():
+        yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file"
+    for key, folder in (("run_dir", config.run_dir), ("ckpt.save_ckpt_folder", config.ckpt.save_ckpt_folder)):
+        if folder is not None and is_local(folder) and Path(folder).is_file():
+            yield f"{key} = {folder!r} is a file; a folder is written there"
+
+
+def _folder(key: str, text: str) -> Problems:
+    """The folder must exist; if not, how far the path goes."""
+    path = Path(text)
+    if path.is_dir():
+        return
+    if path.exists():
+        yield f"{key} = {text!r} is a file; name the folder"
+        return
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    start = "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
+    yield f"{key} = {text!r}: no such folder ({parent} is the last part that exists{start})"
+
+
+def _mixture(config: Config) -> Problems:
+    data = config.data
+    if not data.mixture:
+        return
+    if sum(data.mixture.values()) == 0:
+        yield f"data.mixture = {data.mixture}: all weights are 0"
+    if data.train_folder is None:
+        yield "data.mixture weighs the entries of data.train_folder, which is not set"
+    elif Path(data.train_folder).is_dir():
+        entries = {entry.name for entry in Path(data.train_folder).iterdir()}
+        known = entries | {name.split(".")[0] for name in entries}
+        for name in data.mixture:
+            if name not in known:
+                has = ", ".join(sorted(entries)) or "none"
+                yield f"data.mixture.{name}: no such entry in {data.train_folder}, which has {has}"
+
+
+CHECKS: tuple[Callable[[Config], Problems], ...] = (
+    heads,
+    precision,
+    batches,
+    schedule,
+    unavailable,
+    checkpoints,
+    files,
+)

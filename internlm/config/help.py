@@ -1,0 +1,134 @@
+"""Every key with type, default and meaning: for `train.py --help`, and as doc/configuration.md.
+
+`python -m internlm.config.help > doc/configuration.md` writes the page anew.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from itertools import groupby
+
+from internlm.config.fields import Key, keys
+from internlm.config.legacy import TABLE
+from internlm.config.presets import PRESETS
+from internlm.config.schema import Config
+
+WIDTH = 120
+
+INTRO = """\
+# Configuration
+
+<!-- Generated from the schema: python -m internlm.config.help > doc/configuration.md -->
+
+A run is described by one Python file. It is executed, and the names it assigns are the sections and keys listed
+below; [configs/](../configs) has examples. Whatever the file leaves out has the default shown here or, in the section
+`model`, the value of its family `model_type`.
+
+```python
+_base_ = "_base_/default_runtime.py"  # one path or a list, relative to this file
+
+model_type = "INTERNLM"
+model = dict(num_layers=8, hidden_size=256, num_attention_heads=4, vocab_size=6144)
+data = dict(train_folder="data/train", seq_len=256, micro_bsz=8, total_steps=400)
+adam = dict(lr=2e-3)
+```
+
+* **`_base_`** names files that are read first. Sections merge key by key and the file wins over its bases.
+* **Other names.** Modules, functions, classes, names that begin with an underscore and constants in CAPITALS, as SEQ_LEN,
+  are the file's own business. The file may import modules that lie beside it or in the working directory. InternEvo's
+  `with read_base(): from configs._base_... import *` works too; there an assignment replaces a section as a whole.
+* **Overrides** follow the file on the command line: `python train.py --config FILE model.num_layers=4
+  data.train_folder=/data/en`. A value is read as a Python literal, else as text.
+* **`--seed` and `--run_dir`** set the keys of these names.
+* **Mistakes** are reported all at once, before any GPU is touched: unknown keys with the nearest name, wrong types,
+  sizes that contradict each other, missing files.
+* **`--dry_run`** prints the resolved config, the parameter count and the memory of each rank. The resolved config is
+  also stored as `config.json` in the run's folder and in every checkpoint; a stored `config.json` can be given to
+  `--config` as well.
+* **Read only.** The config is frozen once loaded.
+"""
+
+OLD_INTRO = """\
+## Old spellings
+
+Files of InternLM (2023) and InternEvo (to 0.5.2) load unchanged. The rows below are converted, and the log says so, one
+line a key. A value that cannot be honoured is refused with the reason. Three things differ without a key:
+
+* the loss is divided by the tokens of the whole step; `loss.reduction="micro_batch"` gives the 2023 mean of means;
+* a model section without `dtype` means bfloat16, not float16;
+* saving in the background and overlapped communication are on unless switched off.
+
+| old key | becomes |
+|---|---|
+"""
+
+
+def render_help() -> str:
+    """All keys as plain text, at most 120 columns wide."""
+    lines = ["Keys of a config file, and of overrides (section.key=value): type, default, meaning."]
+    for section, members in _sections():
+        lines += ["", f"{section or 'top level'}: {_meaning(section)}"]
+        for key in members:
+            head = f"  {key.path}  ({key.type}; {_default(key)})"
+            body = textwrap.wrap(_documented(key), WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [*textwrap.wrap(head, WIDTH, initial_indent="  ", subsequent_indent=" " * 6), *body]
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown() -> str:
+    """The page doc/configuration.md."""
+    parts = [INTRO]
+    for section, members in _sections():
+        parts.append(f"## {f'`{section}`' if section else 'Top level'}\n\n{_capital(_meaning(section))}.\n")
+        rows = [
+            f"| `{key.path}` | {_cell(key.type)} | {_cell(key.default, code=True)} | {_cell(_documented(key))} |"
+            for key in members
+        ]
+        parts.append("\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
+        if section == "model":
+            parts.append(_families())
+    rows = [f"| `{row.key}` | {_cell(row.becomes)} |" for row in TABLE]
+    parts.append(OLD_INTRO + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _sections() -> Iterator[tuple[str, list[Key]]]:
+    """(section, its keys), the top level first."""
+    ordered = sorted(keys(), key=lambda key: key.section != "")
+    for section, members in groupby(ordered, key=lambda key: key.section):
+        yield section, list(members)
+
+
+def _meaning(section: str) -> str:
+    return (Config.model_fields[section].description or "") if section else "the run as a whole"
+
+
+def _default(key: Key) -> str:
+    return key.default if key.default == "required" else f"default {key.default}"
+
+
+def _documented(key: Key) -> str:
+    """The meaning, and the families that set the key."""
+    section, _, name = key.path.partition(".")
+    families = [family for family, preset in PRESETS.items() if section == "model" and name in preset]
+    return f"{key.meaning} [{', '.join(families)}: see model_type]" if families else key.meaning
+
+
+def _families() -> str:
+    rows = [
+        f"| `{family}` | {', '.join(f'`{key}={value!r}`' for key, value in preset.items())} |"
+        for family, preset in PRESETS.items()
+    ]
+    return "\n".join(["Defaults by family:", "", "| `model_type` | values |", "|---|---|", *rows]) + "\n"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _cell(text: str, code: bool = False) -> str:
+    escaped = text.replace("|", "\\|")
+    return f"`{escaped}`" if code and text != "required" else escaped
+
+
+if __name__ == "__main__":
+    print(render_markdown(), end="")

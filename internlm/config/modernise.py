@@ -1,0 +1,118 @@
+"""Rewriting a config of any generation into the spelling of the schema: applies the rows of `legacy.py`."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internlm.config.legacy import OLD_FAMILIES, TABLE, OldSpelling, Refused, Tree
+
+
+@dataclass
+class Report:
+    """What was done to all layers: log lines, problems, and which old keys were met."""
+
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+
+
+def modernise(tree: Tree, origin: str, report: Report) -> Tree:
+    """`tree` in the spelling of the schema. `origin` (a file, "override") starts each line of the report."""
+    tree = copy.deepcopy(tree)
+    for row in TABLE:
+        found, value, section = _lookup(tree, row.key)
+        if not found or not row.applies(value):
+            continue
+        report.seen.add(row.key)
+        del section[row.key.split(".")[-1]]
+        try:
+            new = row.rewrite(value, section)
+        except Refused as refusal:
+            report.problems.append(f"{row.key} = {value!r} ({origin}): {refusal}")
+            continue
+        for key, new_value in new.items():
+            _assign(tree, key, new_value, row.key, report)
+        report.notes.append(f"{origin}: {row.key} = {_short(value)} -> {_outcome(row, new)}")
+    return tree
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _outcome(row: OldSpelling, new: Tree) -> str:
+    if new:
+        return ", ".join(f"{key} = {_short(value)}" for key, value in new.items())
+    reason = row.becomes.split("; otherwise refused")[0]
+    return reason if reason.startswith("dropped") else f"dropped ({reason})"
+
+
+def settle(tree: Tree, report: Report) -> Tree:
+    """What depends on several old keys of the merged `tree`; returns the tree with it settled."""
+    return _settle_load(_settle_family(tree, report), report)
+
+
+def _settle_family(tree: Tree, report: Report) -> Tree:
+    family, model = str(tree.get("model_type", "INTERNLM")), tree.get("model")
+    if family not in OLD_FAMILIES or not isinstance(model, dict):
+        return tree
+    if not any(key.startswith("model.") and key != "model.dtype" for key in report.seen):
+        return tree
+    missing = {key: value for key, value in OLD_FAMILIES[family].items() if key not in model}
+    for key, value in missing.items():
+        report.notes.append(f"model.{key} = {value}: what {family} of 2023 assumed where a file is silent")
+    return {**tree, "model": {**model, **missing}}
+
+
+def _settle_load(tree: Tree, report: Report) -> Tree:
+    """With auto_resume the frameworks of 2023 ignored load_ckpt_info, and their sample files name no real folder."""
+    ckpt = tree.get("ckpt")
+    if "ckpt.load_ckpt_info.path" not in report.seen or not isinstance(ckpt, dict):
+        return tree
+    load = ckpt.get("load_ckpt_info")
+    if not load or not ckpt.get("auto_resume", True) or Path(load["path"]).exists():
+        return tree
+    report.notes.append(
+        f"ckpt.load_ckpt_info.path = {load['path']!r} does not exist; ignored as in 2023, where auto_resume came "
+        "first. Set ckpt.auto_resume=False to insist on it"
+    )
+    return {**tree, "ckpt": {**ckpt, "load_ckpt_info": None}}
+
+
+def _lookup(tree: Tree, key: str) -> tuple[bool, Any, Tree]:
+    section: Any = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or last not in section:
+        return False, None, {}
+    return True, section[last], section
+
+
+def _assign(tree: Tree, key: str, value: Any, old_key: str, report: Report) -> None:
+    section = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        inner = section.setdefault(name, {})
+        if parents[0] == "parallel" and isinstance(inner, int):  # parallel.weight = 4 beside parallel.zero1.fsdp
+            inner = section[name] = {"size": inner}
+        if not isinstance(inner, dict):
+            return  # a wrong type, which validation reports
+        section = inner
+    if last in section and section[last] != value:
+        report.problems.append(
+            f"{old_key} means {key} = {value!r}, but {key} = {section[last]!r} is given too; keep one"
+        )
+        return
+    section[last] = value
+
+
+def old_keys(prefix: str) -> Iterator[str]:
+    """Names of old keys directly below `prefix` ("" for the top level), for spelling suggestions."""
+    for row in TABLE:
+        section, _, name = row.key.rpartition(".")
+        if section == prefix:
+            yield name
