@@ -27,13 +27,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.unbind(-2)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate_up[..., 1, :] = grad * silu
-        # d silu(g) / dg = sigmoid + silu * (1 - sigmoid)
-        grad_gate_up[..., 0, :] = grad * up * (sigmoid + silu * (1 - sigmoid))
-        return grad_gate_up
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.stack((grad_gate, grad * F.silu(gate)), dim=-2)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
