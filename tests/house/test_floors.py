@@ -37,6 +37,7 @@ OPTIONAL = (
     "s3fs",
     "streamlit",
     "tensorboard",
+    "tokenizers",
     "torch.utils.tensorboard",
     "torchao",
     "transformers",
