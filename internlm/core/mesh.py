@@ -30,7 +30,7 @@ class Mesh:
     world: World
     sizes: dict[str, int]
     coordinates: dict[str, int]
-    device_mesh: DeviceMesh
+    groups: dict[str, dist.ProcessGroup]
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +52,7 @@ class Mesh:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one on `axis` alone, in order."""
-        return self.device_mesh.get_group(axis)
+        return self.groups[axis]
 
 
 def zero_sizes(parallel: ParallelConfig, dp_size: int) -> tuple[int, int, int]:
@@ -71,4 +71,14 @@ def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
     sizes = dict(zip(AXES, (world.size // os, os // g, g // p, p), strict=True))
     device_mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=AXES)
     coordinates = {axis: device_mesh.get_local_rank(axis) for axis in AXES}
-    return Mesh(world, sizes, coordinates, device_mesh)
+    return Mesh(world, sizes, coordinates, {axis: _group_of(device_mesh, axis) for axis in AXES})
+
+
+def _group_of(device_mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    """The axis's own group. A `DeviceMesh` hands out the default group for an axis of all ranks; collectives on a lane
+    must not mix with those that the main thread sends over the default group."""
+    group = device_mesh.get_group(axis)
+    if group is dist.group.WORLD and group.size() > 1:
+        group = dist.new_group()
+        assert group is not None
+    return group

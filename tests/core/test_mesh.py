@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from internlm.config.schema import AxisConfig, ParallelConfig, WeightConfig, Zero1Config
+from internlm.config.schema import ParallelConfig
 from internlm.core.launch import World
 from internlm.core.mesh import AXES, build_mesh
 from tests.pool import run_ranks
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def sizes(p: int, g: int, os: int) -> ParallelConfig:
-    return ParallelConfig(weight=WeightConfig(size=p), gradient=AxisConfig(size=g), zero1=Zero1Config(size=os))
+    return ParallelConfig.model_validate({"weight": {"size": p}, "gradient": {"size": g}, "zero1": {"size": os}})
 
 
 def members(rank: int, world_size: int, p: int, g: int, os: int) -> dict[str, list[int]]:

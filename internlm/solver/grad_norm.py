@@ -1,0 +1,29 @@
+"""The global gradient norm, and the factor that clipping makes of it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from internlm.core.collectives import all_reduce_
+from internlm.core.mesh import Mesh
+
+
+def global_norm(owned_grads: Iterable[Tensor], mesh: Mesh) -> Tensor:
+    """L2 norm over all parameters, each element counted once: fp64 scalar on the device. One all-reduce.
+
+    Sums run in fp64, so that the norm hardly depends on how the elements are cut.
+    """
+    squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in owned_grads]
+    total = torch.stack(squares).sum()
+    if mesh.coordinates["replica"] > 0:  # the first replica counts for all
+        total.zero_()
+    all_reduce_(total, mesh.world_group)
+    return total.sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / norm), as `torch.nn.utils.clip_grad_norm_` has it; max_norm 0: no clipping."""
+    if max_norm == 0:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,398 @@
+"""Hybrid ZeRO: AdamW with parameters, gradients and optimizer states each sharded over ranks of their own choice.
+
+Let p, g and os be the ranks that share parameters, gradients and optimizer states, with p | g | os | data ranks. Then
+
+    (1, 1, 1)    is plain data parallelism           (1, dp, dp)    is ZeRO-2
+    (1, 1, dp)   is ZeRO-1                            (dp, dp, dp)   is ZeRO-3
+    (1, 1, 8)    is the 2023 framework's zero1 = 8    (k, k, k)      is HSDP, (k, k, dp) keeps states on all ranks
+
+and a step is, for every unit (a transformer block, the embedding, the head):
+
+    forward    wait for its parameters; when p > 1 gather them just before use, the next unit's meanwhile; drop them
+    backward   gradients accumulate in flat buffers; once the unit's last gradient of a micro batch has come, they are
+               reduce-scattered over g (when g > 1), and in the last micro batch reduced over everything that is left,
+               on a lane beside compute, while the backward of earlier units goes on
+    reduce     wait for what still runs; one all-reduce for the global norm
+    update     AdamW on the owned parts, with clipping and loss scale folded in; a void update if the norm isn't finite
+    gather     each unit's new values travel as soon as it is updated, while the next unit is updated and the next
+               forward begins
+
+With one rank the same code runs and there is nothing to send.
+
+The sharding of states, gradients and parameters is that of ZeRO (Rajbhandari et al., 2020); groups of independent sizes
+follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from internlm.config.schema import Config
+from internlm.core.lanes import build_lanes
+from internlm.core.mesh import Mesh
+from internlm.core.placement import Box, box_shape, boxes_of_interval
+from internlm.ops.adamw import adam_scalars, adamw_
+from internlm.solver.buckets import Slot, plan_units
+from internlm.solver.grad_norm import clip_factor, global_norm
+from internlm.solver.grad_scaler import GradScaler
+from internlm.solver.unit import Unit
+from internlm.utils.device import torch_dtype
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+ValueOf = Callable[[str, tuple[int, ...]], Tensor]
+Trace = Callable[[str, str], None]  # (event, unit)
+
+# Whole gradient buffers on their way to being reduced, when g > 1. A third would cost memory and hide nothing more.
+MAX_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of a step, still on the device: reading it is the trainer's one synchronisation."""
+
+    grad_norm: Tensor  # fp64 [], unscaled, before clipping
+    ok: Tensor  # bool []; False: the norm was not finite and nothing changed
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor that this rank holds, for checkpoints."""
+
+    name: str
+    kind: str  # "param" | "master" | "exp_avg" | "exp_avg_sq"
+    global_shape: tuple[int, ...]
+    box: Box
+    owner: bool  # False on replicas: they load it and don't save it
+    read: Callable[[], Tensor]  # -> tensor of the box's shape, on the device
+    write: Callable[[Tensor], None]
+
+
+class HybridZero:
+    """Owns the memory of a model's parameters, gradients and optimizer states.
+
+    Args:
+        model: on the meta device. Its children (the members of a `ModuleList`) are the units, each called as a module.
+        config: sizes in `parallel`, the rest in `hybrid_zero_optimizer`, `adam` and `grad_scaler`.
+        value_of: (name, shape) -> the global parameter's value in fp32.
+        trace: told of every event ("forward", "backward", "reduce.begin", "reduce.end", "gather.begin", "gather.end").
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Config, mesh: Mesh, value_of: ValueOf, trace: Trace | None = None
+    ) -> None:
+        zero = config.hybrid_zero_optimizer
+        self.mesh = mesh
+        self.adam = config.adam
+        self.clip_grad_norm = zero.clip_grad_norm
+        self.trace = trace or _no_trace
+        self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
+        self.reduce_lane, self.gather_lane = build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
+        self.num_updates = 0
+        self._num_micro_batches = self._micro_batch = 0
+        self._unread_ok: Tensor | None = None
+        self._in_flight: deque[Callable[[], None]] = deque()
+
+        num_shards = mesh.sizes["param"] * mesh.sizes["grad"] * mesh.sizes["optim"]
+        tied = config.model.tie_word_embeddings
+        self.units: list[Unit] = []
+        for layout in plan_units(model, num_shards, config.adam.no_decay, tied):
+            parameters = {slot.name: _materialise(model, slot.name, mesh.device) for slot in layout.slots}
+            unit = Unit(
+                layout,
+                parameters,
+                mesh,
+                grad_dtype=layout.dtype if zero.grad_dtype == "model" else torch.float32,
+                moment_dtype=torch_dtype(zero.moment_dtype),
+                split=zero.master == "split",
+            )
+            for slot in layout.slots:
+                unit.fill(slot, value_of(slot.name, slot.shape))
+            if unit.sharded:
+                unit.free()
+            self.units.append(unit)
+        self._install_hooks(model)
+        logger.info("hybrid zero over %s: %s", mesh.sizes, _in_gib(self.memory()))
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """By which the loss is multiplied before backward."""
+        self._read_ok()
+        return self.scaler.scale
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """Announces how many micro batches make the step, so that the last one is known by counting."""
+        self._read_ok()
+        self._num_micro_batches, self._micro_batch = num_micro_batches, 0
+        self._expect_gradients()
+
+    def end_backward(self) -> None:
+        """To be called after the backward of each micro batch."""
+        for unit in reversed(self.units):
+            if unit.missing:  # parameters without a gradient this time
+                unit.clear_missing(first=self._micro_batch == 0)
+                self._on_unit_complete(unit)
+            self._drop(unit)
+        self._micro_batch += 1
+        self._expect_gradients()
+
+    def step(self, lr: float, beta2: float) -> StepResult:
+        """Reduce, update, gather. Nothing changes when the gradient norm is not finite."""
+        assert self._micro_batch == self._num_micro_batches, (self._micro_batch, self._num_micro_batches)
+        norm = self._reduce()
+        ok = norm.isfinite()
+        self._update_and_gather(norm, ok, lr, beta2)
+        self._unread_ok = ok
+        return StepResult(norm, ok)
+
+    def _reduce(self) -> Tensor:
+        """Waits for reductions that backward didn't hide. Returns the global norm of the unscaled gradients."""
+        while self._in_flight:
+            self._in_flight.popleft()()
+        self.wait()
+        return global_norm((unit.owned_grad for unit in self.units), self.mesh) / self.scaler.scale
+
+    def _update_and_gather(self, norm: Tensor, ok: Tensor, lr: float, beta2: float) -> None:
+        scalars = partial(
+            adam_scalars,
+            lr=lr,
+            betas=(self.adam.adam_beta1, beta2),
+            eps=self.adam.adam_eps,
+            update=self.num_updates + 1,
+            grad_factor=clip_factor(norm, self.clip_grad_norm) / self.scaler.scale,
+            ok=ok,
+        )
+        decayed, undecayed = scalars(weight_decay=self.adam.weight_decay), scalars(weight_decay=0.0)
+        for unit in self.units:
+            border = min(max(unit.layout.decay_stop - unit.owned_start, 0), unit.owned.numel())
+            for part, part_scalars in ((slice(0, border), decayed), (slice(border, None), undecayed)):
+                adamw_(
+                    unit.owned[part],
+                    unit.owned_grad[part],
+                    unit.exp_avg[part],
+                    unit.exp_avg_sq[part],
+                    part_scalars,
+                    remainder=None if unit.remainder is None else unit.remainder[part],
+                    master=None if unit.master is None else unit.master[part],
+                )
+            self._gather_updates(unit)
+
+    def _gather_updates(self, unit: Unit) -> None:
+        unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather_updates)))
+
+    def _read_ok(self) -> None:
+        """Takes note of the last step's outcome. The trainer has read it by then, so this waits for nothing."""
+        if self._unread_ok is not None:
+            ok, self._unread_ok = bool(self._unread_ok), None
+            self.num_updates += ok
+            self.scaler.update(ok)
+
+    # -- forward and backward -----------------------------------------------------------------------------------
+
+    def _install_hooks(self, model: nn.Module) -> None:
+        users: dict[str, list[int]] = {}
+        for index, unit in enumerate(self.units):
+            for name in unit.layout.modules:
+                users.setdefault(name, []).append(index)
+            for slot in unit.layout.slots:
+                hook = partial(self._on_grad, unit, slot)
+                unit.parameters[slot.name].register_post_accumulate_grad_hook(hook)
+        for name, indices in users.items():
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(partial(self._before_forward, indices))
+            if self.mesh.sizes["param"] > 1:
+                module.register_forward_hook(partial(self._after_forward, indices))
+
+    def _before_forward(self, indices: list[int], module: nn.Module, args: Any) -> None:
+        for index in indices:
+            self._use(self.units[index])
+            self.trace("forward", self.units[index].layout.name)
+        if max(indices) + 1 < len(self.units):
+            self._fetch(self.units[max(indices) + 1])
+
+    def _after_forward(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> None:
+        """With sharded parameters: drops them, and has them fetched again before the backward of this module."""
+        for index in indices:
+            unit = self.units[index]
+            # the last module's backward follows at once, and a shared unit is needed at both ends
+            if index + 1 < len(self.units) and len(unit.layout.modules) == 1:
+                self._drop(unit)
+        for leaf in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(partial(self._before_backward, indices))
+
+    def _before_backward(self, indices: list[int], grad: Tensor) -> None:
+        for index in indices:
+            self._use(self.units[index])
+        if min(indices) > 0:
+            self._fetch(self.units[min(indices) - 1])
+
+    def _fetch(self, unit: Unit) -> None:
+        """Starts gathering a unit's parameters, unless they are here or on their way."""
+        if unit.sharded and not unit.present:
+            unit.allocate()
+            unit.present = True
+            unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather)))
+
+    def _use(self, unit: Unit) -> None:
+        """Makes compute wait for a unit's parameters."""
+        self._fetch(unit)
+        while unit.pending:
+            unit.pending.pop(0)()
+
+    def _drop(self, unit: Unit) -> None:
+        if unit.sharded and unit.present:
+            while unit.pending:
+                unit.pending.pop(0)()
+            unit.free()
+
+    def _expect_gradients(self) -> None:
+        for unit in self.units:
+            unit.missing = {name for name, parameter in unit.parameters.items() if parameter.requires_grad}
+
+    def _on_grad(self, unit: Unit, slot: Slot, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        unit.accumulate(slot, parameter.grad, first=self._micro_batch == 0)
+        parameter.grad = None
+        unit.missing.discard(slot.name)
+        if not unit.missing:
+            self._on_unit_complete(unit)
+
+    def _on_unit_complete(self, unit: Unit) -> None:
+        """All gradients of a unit's micro batch are in: send them, if it is time."""
+        self.trace("backward", unit.layout.name)
+        self._drop(unit)
+        first, last = self._micro_batch == 0, self._micro_batch + 1 == self._num_micro_batches
+        if not (last or unit.grads_sharded):
+            return
+        assert unit.incoming is not None
+        if unit.grads_sharded and len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._in_flight.popleft()()
+        # the work holds the whole buffer, which is freed with it
+        work = partial(unit.reduce, unit.incoming, first, last)
+        if unit.grads_sharded:
+            unit.incoming = None
+        self._in_flight.append(self.reduce_lane.submit(self._traced("reduce", unit, work)))
+
+    def _traced(self, event: str, unit: Unit, work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            self.trace(f"{event}.begin", unit.layout.name)
+            work()
+            self.trace(f"{event}.end", unit.layout.name)
+
+        return run
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Until all parameters that this rank keeps are up to date."""
+        for unit in self.units:
+            while unit.pending:
+                unit.pending.pop(0)()
+            self._drop(unit)
+
+    def full_parameter(self, name: str) -> Tensor:
+        """A copy of one global parameter. Collective: every rank calls it, with the same names in the same order."""
+        for unit in self.units:
+            for slot in unit.layout.slots:
+                if slot.name == name:
+                    self._use(unit)
+                    value = unit.view(unit.full, slot).clone()
+                    self._drop(unit)
+                    return value
+        raise KeyError(name)
+
+    def parameter_names(self) -> list[str]:
+        """Names of all global parameters, in the order of the forward pass."""
+        return [slot.name for unit in self.units for slot in unit.layout.slots]
+
+    def pieces(self) -> list[Piece]:
+        """What this rank updates, as boxes of global tensors."""
+        self.wait()
+        return [piece for unit in self.units for slot in unit.layout.slots for piece in self._pieces_of(unit, slot)]
+
+    def _pieces_of(self, unit: Unit, slot: Slot) -> Iterator[Piece]:
+        start, stop = unit.owned_start, unit.owned_start + unit.owned.numel()
+        low, high = max(slot.start, start), min(slot.stop, stop)
+        if low >= high:
+            return
+        owner = self.mesh.coordinates["replica"] == 0
+        buffers = {"param": unit.owned, "exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
+        for box, first, last in boxes_of_interval(slot.shape, low - slot.start, high - slot.start):
+            place, shape = (first + slot.start - start, last + slot.start - start), box_shape(box)
+            for kind, buffer in buffers.items():
+                part = buffer[slice(*place)].view(shape)
+                yield Piece(slot.name, kind, slot.shape, box, owner, partial(_identity, part), partial(_copy_to, part))
+            if unit.layout.dtype != torch.float32:
+                read = partial(_read_master, unit, place, shape)
+                yield Piece(slot.name, "master", slot.shape, box, owner, read, partial(_write_master, unit, place))
+
+    def loaded(self, kinds: Iterable[str]) -> None:
+        """To be called after pieces were written: makes masters and parameters of all ranks agree. Collective."""
+        if "master" not in set(kinds):
+            for unit in self.units:
+                unit.reset_master()
+        for unit in self.units:
+            self._gather_updates(unit)
+        self.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scalars of the optimizer, as JSON can hold them."""
+        self._read_ok()
+        return {"num_updates": self.num_updates, "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unread_ok = None
+        self.num_updates = int(state["num_updates"])
+        self.scaler.load_state_dict(state["grad_scaler"])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held on this rank, by class."""
+        total: dict[str, int] = {}
+        for unit in self.units:
+            for kind, size in unit.memory().items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+
+def _materialise(model: nn.Module, name: str, device: torch.device) -> nn.Parameter:
+    """Replaces a parameter on the meta device by an empty one, to become a view of its unit's buffer."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    old = getattr(module, attribute)
+    new = nn.Parameter(torch.empty(0, dtype=old.dtype, device=device), requires_grad=old.requires_grad)
+    setattr(module, attribute, new)
+    return new
+
+
+def _read_master(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    return unit.read_master(*place).view(shape)
+
+
+def _write_master(unit: Unit, place: tuple[int, int], value: Tensor) -> None:
+    unit.write_master(*place, value.to(unit.owned.device, torch.float32).reshape(-1))
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _copy_to(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
+
+
+def _no_trace(event: str, unit: str) -> None:
+    pass
+
+
+def _in_gib(memory: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {size / 2**30:.3f} GiB" for kind, size in memory.items())

@@ -1,0 +1,194 @@
+"""One unit's memory on one rank, and the collectives that keep it whole.
+
+Every buffer is a part of the same line of elements, cut ever finer along the axes of the mesh:
+
+    full    [size]       all parameters; the model's parameters are views of it. Allocated only while in use when the
+                         param axis has more than one rank
+    shard   [size / p]   what this rank keeps of it
+    grads   [size / g]   accumulated gradients
+    owned   [size / os]  what this rank updates: a view of `shard`, beside it masters and moments of the same length
+
+The param axis cuts first, then grad, then optim. So a reduce-scatter along each axis in turn arrives at the owned part,
+and an all-gather along each axis in reverse returns from it, always in place.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from internlm.core.collectives import all_gather_, all_gather_into, all_reduce_, own_chunk, reduce_scatter_
+from internlm.core.mesh import Mesh
+from internlm.ops.adamw import join_master, round_to, split_master
+from internlm.solver.buckets import Slot, UnitLayout
+
+
+class Unit:
+    """The buffers of a unit. `parameters` become views of them; what they held is dropped."""
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        parameters: dict[str, nn.Parameter],
+        mesh: Mesh,
+        *,
+        grad_dtype: torch.dtype,
+        moment_dtype: torch.dtype,
+        split: bool,
+    ) -> None:
+        self.layout = layout
+        self.parameters = parameters
+        self.mesh = mesh
+        self.param_group, self.grad_group = mesh.group("param"), mesh.group("grad")
+        self.optim_group, self.replica_group = mesh.group("optim"), mesh.group("replica")
+        p, g = mesh.sizes["param"], mesh.sizes["param"] * mesh.sizes["grad"]
+        self.sharded = p > 1
+        self.grads_sharded = g > 1
+        self.grad_dtype = grad_dtype
+
+        device = mesh.device
+        self.full = torch.zeros(layout.size, dtype=layout.dtype, device=device)
+        self.shard = torch.zeros(layout.size // p, dtype=layout.dtype, device=device) if self.sharded else self.full
+        self.owned = own_chunk(own_chunk(self.shard, self.grad_group), self.optim_group)
+        self.owned_start = self._start_of_owned()
+        self.grads = torch.zeros(layout.size // g, dtype=grad_dtype, device=device)
+
+        count = self.owned.numel()
+        is_fp32 = layout.dtype == torch.float32
+        self.remainder = torch.zeros(count, dtype=torch.int16, device=device) if split and not is_fp32 else None
+        self.master = torch.zeros(count, device=device) if not split and not is_fp32 else None
+        self.exp_avg = torch.zeros(count, dtype=moment_dtype, device=device)
+        self.exp_avg_sq = torch.zeros(count, dtype=moment_dtype, device=device)
+
+        # Gradients of the running micro batch: `grads` itself, or a whole buffer that lives until it is reduced.
+        self.incoming: Tensor | None = None if self.grads_sharded else self.grads
+        self.missing: set[str] = set()
+        self.pending: list[Callable[[], None]] = []  # transfers to wait for before the parameters are read
+        self.present = not self.sharded
+        for slot in layout.slots:
+            parameters[slot.name].data = self.view(self.full, slot)
+
+    def _start_of_owned(self) -> int:
+        start, length = 0, self.layout.size
+        for group in (self.param_group, self.grad_group, self.optim_group):
+            length //= group.size()
+            start += group.rank() * length
+        return start
+
+    @staticmethod
+    def view(buffer: Tensor, slot: Slot) -> Tensor:
+        """A parameter in a whole buffer [size] of its unit."""
+        return buffer[slot.start : slot.stop].view(slot.shape)
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def fill(self, slot: Slot, value: Tensor) -> None:
+        """Takes a global parameter's value (fp32): this rank's part of it, and of its master."""
+        flat = value.reshape(-1)
+        shard_start = self.shard.numel() * self.param_group.rank()
+        for buffer, start in ((self.shard, shard_start), (self.master, self.owned_start)):
+            if buffer is not None:
+                low, high = max(slot.start, start), min(slot.stop, start + buffer.numel())
+                if low < high:
+                    part = flat[low - slot.start : high - slot.start]
+                    buffer[low - start : high - start] = round_to(part.to(buffer.device, torch.float32), buffer.dtype)
+        if self.remainder is not None:
+            start = self.owned_start
+            low, high = max(slot.start, start), min(slot.stop, start + self.remainder.numel())
+            if low < high:
+                part = flat[low - slot.start : high - slot.start].to(self.remainder.device, torch.float32)
+                self.remainder[low - start : high - start] = split_master(part.contiguous())[1]
+
+    def gather_updates(self) -> None:
+        """All-gather over optim and grad: the shard becomes whole again after an update. Once a step."""
+        all_gather_(own_chunk(self.shard, self.grad_group), self.optim_group)
+        all_gather_(self.shard, self.grad_group)
+
+    def allocate(self) -> None:
+        """Gives `full` its memory back, before it is gathered."""
+        self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+
+    def gather(self) -> None:
+        """All-gather over param: shard -> full. At each use."""
+        # `.data`: autograd must not take the arrival of values for a change of them
+        all_gather_into(self.full.data, self.shard, self.param_group)
+
+    def free(self) -> None:
+        """Drops `full` after use. The parameters stay views of it."""
+        self.full.untyped_storage().resize_(0)
+        self.present = False
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def accumulate(self, slot: Slot, grad: Tensor, first: bool) -> None:
+        """Adds a parameter's gradient of this micro batch; `first` of the step."""
+        if self.incoming is None:
+            self.incoming = torch.zeros(self.layout.size, dtype=self.grad_dtype, device=grad.device)
+        target = self.view(self.incoming, slot)
+        if first or self.grads_sharded:
+            target.copy_(grad)
+        else:
+            target.add_(grad)
+
+    def clear_missing(self, first: bool) -> None:
+        """Parameters that this micro batch did not use: their gradient is zero, not that of the step before."""
+        if first and not self.grads_sharded:
+            for slot in self.layout.slots:
+                if slot.name in self.missing:
+                    self.view(self.grads, slot).zero_()
+        if self.incoming is None:
+            self.incoming = torch.zeros(self.layout.size, dtype=self.grad_dtype, device=self.grads.device)
+        self.missing.clear()
+
+    def reduce(self, incoming: Tensor, first: bool, last: bool) -> None:
+        """Reduce-scatter over param and grad each micro batch; over optim, then sum over replica, on the last."""
+        if self.grads_sharded:
+            part = reduce_scatter_(reduce_scatter_(incoming, self.param_group), self.grad_group)
+            if first:
+                self.grads.copy_(part)
+            else:
+                self.grads.add_(part)
+        if last:
+            all_reduce_(reduce_scatter_(self.grads, self.optim_group), self.replica_group)
+
+    @property
+    def owned_grad(self) -> Tensor:
+        """The reduced gradient of the owned part [size / os]."""
+        return own_chunk(self.grads, self.optim_group)
+
+    # -- masters ------------------------------------------------------------------------------------------------
+
+    def read_master(self, start: int, stop: int) -> Tensor:
+        """fp32 master of owned elements [start, stop)."""
+        if self.remainder is not None:
+            return join_master(self.owned[start:stop], self.remainder[start:stop])
+        return (self.owned if self.master is None else self.master)[start:stop]
+
+    def write_master(self, start: int, stop: int, value: Tensor) -> None:
+        """Sets masters and the parameters that are their rounded copies."""
+        if self.remainder is not None:
+            self.owned[start:stop], self.remainder[start:stop] = split_master(value)
+            return
+        if self.master is not None:
+            self.master[start:stop] = value
+        self.owned[start:stop] = round_to(value, self.owned.dtype)
+
+    def reset_master(self) -> None:
+        """Masters from the parameters alone."""
+        if self.remainder is not None:
+            self.remainder.zero_()
+        if self.master is not None:
+            self.master.copy_(self.owned)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that stay allocated on this rank, by class."""
+
+        def size(*tensors: Tensor | None) -> int:
+            return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+        return {
+            "parameters": size(self.shard),
+            "gradients": size(self.grads),
+            "masters": size(self.master, self.remainder),
+            "moments": size(self.exp_avg, self.exp_avg_sq),
+        }
