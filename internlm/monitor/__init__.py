@@ -1,0 +1,1 @@
+"""What the outside sees of a run: console, files, pictures, traces. Nothing here changes the training."""

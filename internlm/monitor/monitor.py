@@ -1,0 +1,57 @@
+"""One listener for the loop: hands each report to console, metrics.jsonl, TensorBoard and the loss curve."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from internlm.config.schema import Config
+from internlm.monitor.console import Console
+from internlm.monitor.metrics_file import MetricsFile
+from internlm.monitor.plot import LossPlot
+from internlm.monitor.tensorboard import TensorBoard
+from internlm.train.metrics import StepReport
+
+
+class Listener(Protocol):
+    """What a new kind of output needs to be."""
+
+    def report(self, report: StepReport) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Writes the outputs of a run into `run_dir`; a context manager that closes them, whatever happens.
+
+    Every rank makes one; that of rank 0 writes. `start_step` is the number of batches done before: what the files hold
+    beyond it is dropped. Batches that were left out have no line.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, rank: int = 0, start_step: int = 0) -> None:
+        self.listeners: list[Listener] = []
+        if rank != 0:
+            return
+        metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
+        self.listeners = [metrics, LossPlot(run_dir / "loss.png", metrics.history)]
+        if config.monitor.enable_tb:
+            folder = Path(config.monitor.tensorboard_folder or run_dir / "tensorboard")
+            self.listeners.append(TensorBoard(config, folder, start_step))
+        self.listeners.append(Console(config.data.total_steps, start_step))
+
+    def report(self, report: StepReport) -> None:
+        if report.skipped and not report.validation:
+            return
+        for listener in self.listeners:
+            listener.report(report)
+
+    def close(self) -> None:
+        """Close all outputs; a second call does nothing."""
+        listeners, self.listeners = self.listeners, []
+        for listener in reversed(listeners):
+            listener.close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

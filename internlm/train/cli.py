@@ -1,0 +1,139 @@
+"""The command line of train.py, the folder of a run, and what the exit code says."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internlm.config.help import render_help
+from internlm.config.schema import Config
+from internlm.core.launch import DEFAULT_PORT, Launcher, World, world_from_env
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger, setup_logging
+
+logger = get_logger(__name__)
+
+EXIT_USER_ERROR = 2
+EXIT_SIGTERM = 128 + 15
+
+# Flags of 2023 that never did anything in train.py, with what decides instead.
+_WITHOUT_EFFECT = {
+    "host": "the launcher's environment names the first host",
+    "rank": "the launcher's environment numbers the ranks",
+    "local_rank": "the launcher's environment numbers the ranks",
+    "backend": "NCCL on GPUs, gloo on the CPU",
+    "enable_ali_topology": "NCCL finds the topology",
+    "disable_volc_topology": "NCCL finds the topology",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for."""
+
+    config: Path
+    launcher: Launcher
+    port: int
+    profiling: bool
+    dry_run: bool
+    world_size: int | None  # ranks that a dry run assumes
+    overrides: tuple[str, ...]  # section.key=value
+    top_level: dict[str, Any]  # keys of the config that have a flag; None where it wasn't given
+    ignored: tuple[str, ...]  # flags given that have no effect
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line; exits with 0 after --help and with 2 when it makes no sense."""
+    parser = _parser()
+    given = parser.parse_intermixed_args(arguments)
+    wrong = [text for text in given.overrides if "=" not in text]
+    if wrong:
+        parser.error(f"expected section.key=value, got {' '.join(wrong)}")
+    return Arguments(
+        config=given.config,
+        launcher=given.launcher or default_launcher(),
+        port=given.port,
+        profiling=given.profiling,
+        dry_run=given.dry_run,
+        world_size=given.world_size,
+        overrides=tuple(given.overrides),
+        top_level={"seed": given.seed, "run_dir": given.run_dir},
+        ignored=tuple(name for name in _WITHOUT_EFFECT if getattr(given, name)),
+    )
+
+
+def default_launcher() -> Launcher:
+    """Slurm inside an srun step that torchrun didn't start; torch otherwise. (2023: always slurm.)"""
+    return "slurm" if "SLURM_PROCID" in os.environ and "RANK" not in os.environ else "torch"
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(parser.format_help())
+        print(render_help())
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a language model as a config file says.",
+        usage="[torchrun --nproc_per_node=N] train.py --config FILE [options] [section.key=value ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.key=value", help="keys that win over the file, as model.num_layers=4")
+    add("--config", type=Path, required=True, metavar="FILE", help="Python file that says what to train")
+    add("--launcher", choices=("torch", "slurm"), help="where ranks come from; default: slurm under srun, else torch")
+    add("--port", type=int, default=DEFAULT_PORT, help="rendezvous port of the slurm launcher (default %(default)s)")
+    add("--seed", type=int, help="seed of the initial values, as seed=SEED")
+    add("--run_dir", metavar="DIR", help="folder of all outputs, as run_dir=DIR (default runs/JOB_NAME)")
+    add("--profiling", action="store_true", help="write a trace of two steps into DIR/traces")
+    add("--dry_run", action="store_true", help="print resolved config, parameters and memory per rank, then end")
+    add("--world_size", type=int, metavar="N", help="ranks that --dry_run assumes; a real run counts them itself")
+    add("-h", "--help", action=_Help, nargs=0, help="print this and every config key, then end")
+    for name in _WITHOUT_EFFECT:
+        action = "store_true" if name.startswith(("enable", "disable")) else "store"
+        add(f"--{name}", help=argparse.SUPPRESS, action=action)
+    return parser
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a user's mistake into its message and exit code 2; everything else keeps its traceback and code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def start_logging(arguments: Arguments) -> World:
+    """Log lines carry the rank from the first on, before there is a process group. Returns who this process will be."""
+    world, _ = world_from_env(arguments.launcher, arguments.port)
+    setup_logging(world.rank, world.size)
+    for name in arguments.ignored:
+        logger.info(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}")
+    return world
+
+
+def open_run_dir(config: Config, world: World) -> Path:
+    """The folder of the run, with train.log and config.json in it; the resolved config is printed once."""
+    run_dir = Path(config.run_dir or Path("runs", config.JOB_NAME))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        setup_logging(world.rank, world.size, run_dir / "train.log")
+        text = config.model_dump_json(indent=2)
+        if world.rank == 0:
+            (run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {str(run_dir)!r} can't be written: {error}; choose another with --run_dir"
+        ) from error
+    logger.info(f"config of {config.JOB_NAME}, stored in {run_dir / 'config.json'}:\n{text}")
+    return run_dir

@@ -1,0 +1,157 @@
+"""The loop: batches in, reports out. What a step means is all here; who listens to the reports is not."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from internlm.config.schema import Config
+from internlm.core.mesh import Mesh
+from internlm.data.loader import StepBatch, TrainLoader, ValidLoader
+from internlm.model.batch import Batch
+from internlm.model.transformer import Transformer
+from internlm.solver.hybrid_zero import HybridZero, StepResult
+from internlm.solver.schedules import beta2_at, lr_at
+from internlm.train.evaluate import evaluate
+from internlm.train.metrics import BatchCounts, StepReport, StepSums, ValidReport, count_batch, perplexity
+from internlm.train.state import TrainState
+from internlm.utils.device import memory_allocated, peak_flops, torch_dtype
+from internlm.utils.logger import common_warning, get_logger
+from internlm.utils.timers import DeviceTimer, Timer
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Trains `model` on the batches of `train_loader`, one optimizer step each.
+
+    The loader starts at `state.batch_count`; `state` advances before a report is yielded, so whoever stores it then
+    stores a step that is done. Every rank makes a trainer and runs the same steps.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: HybridZero,
+        train_loader: TrainLoader,
+        state: TrainState,
+        config: Config,
+        mesh: Mesh,
+        valid_loaders: Mapping[str, ValidLoader],
+    ) -> None:
+        self.model, self.optimizer, self.state, self.config, self.mesh = model, optimizer, state, config, mesh
+        self.train_loader, self.valid_loaders = train_loader, valid_loaders
+        self.peak_flops = peak_flops(mesh.device, torch_dtype(config.model.dtype))
+        self._fwd_bwd = DeviceTimer(mesh.device)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Run until the loader ends, yielding a report after every batch."""
+        batches = iter(self.train_loader)
+        while True:
+            timer = Timer()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            report = self._step(batch, timer)
+            every = self.config.data.valid_every
+            yield replace(report, validation=self.validate()) if every and report.step % every == 0 else report
+
+    def validate(self) -> tuple[ValidReport, ...]:
+        """Evaluate on every validation set."""
+        return tuple(evaluate(self.model, loader, self.mesh, name) for name, loader in self.valid_loaders.items())
+
+    def _step(self, batch: StepBatch, timer: Timer) -> StepReport:
+        if batch.skipped:
+            logger.info(f"batch {batch.index} is left out, as data.skip_batches asks")
+            return self._left_out()
+        counts = count_batch(batch, self.config.model, self.mesh)
+        if counts.trained_tokens == 0:
+            common_warning(logger, f"batch {batch.index} has no token to train on any rank; it is left out")
+            return self._left_out()
+        return self._train(batch, counts, timer)
+
+    def _left_out(self) -> StepReport:
+        state = self.state
+        state.batch_count += 1
+        return StepReport(
+            step=state.batch_count,
+            step_count=state.step_count,
+            skipped=True,
+            num_consumed_tokens=state.num_consumed_tokens,
+            inf_nan_skip_batches=state.inf_nan_skip_batches,
+        )
+
+    def _train(self, batch: StepBatch, counts: BatchCounts, timer: Timer) -> StepReport:
+        """Forward, backward, update, and the one moment a step when the host waits for the device."""
+        config, state = self.config, self.state
+        lr = lr_at(config.lr_scheduler, config.adam.lr, config.data.total_steps, state.step_count)
+        beta2 = beta2_at(config.beta2_scheduler, config.adam.adam_beta2, state.step_count)
+        loss_scale = self.optimizer.loss_scale
+        sums = self._forward_backward(batch, counts, loss_scale)
+        result: StepResult = self.optimizer.step(lr, beta2)
+        totals, (grad_norm, ok) = sums.reduce(self.mesh, result.grad_norm, result.ok)
+        seconds = timer.seconds
+        self._advance(counts, bool(ok), grad_norm, batch.index)
+        flops = counts.flops
+        return StepReport(
+            step=state.batch_count,
+            step_count=state.step_count,
+            updated=bool(ok),
+            loss=totals.objective / counts.trained_tokens,
+            perplexity=perplexity(totals.loss_sum / counts.trained_tokens),
+            acc=totals.correct / counts.trained_tokens,
+            grad_norm=grad_norm,
+            lr=lr,
+            adam_beta2=beta2,
+            loss_scale=loss_scale,
+            tgs=counts.tokens / self.mesh.world.size / seconds,
+            tflops=flops.causal / seconds / 1e12,
+            mfu=flops.causal / seconds / self.peak_flops,
+            mfu_full=flops.full / seconds / self.peak_flops,
+            hfu=flops.hardware / seconds / self.peak_flops,
+            num_consumed_tokens=state.num_consumed_tokens,
+            num_trained_tokens=counts.trained_tokens,
+            inf_nan_skip_batches=state.inf_nan_skip_batches,
+            micro_num=len(batch.micro_batches),
+            num_samples_in_batch=counts.samples,
+            largest_length=counts.largest_length,
+            largest_batch=counts.largest_batch,
+            smallest_batch=counts.smallest_batch,
+            step_time=seconds,
+            fwd_bwd_time=self._fwd_bwd.seconds,
+            memory=memory_allocated(self.mesh.device),
+            types=totals.types,
+        )
+
+    def _forward_backward(self, batch: StepBatch, counts: BatchCounts, loss_scale: float) -> StepSums:
+        """Accumulate the gradients of all micro batches; the engine sums them over the data ranks."""
+        sums = StepSums(self.train_loader.type_names, self.mesh.device)
+        num_micro = len(batch.micro_batches)
+        self._fwd_bwd.start()
+        self.optimizer.begin_step(num_micro)
+        for row in batch.micro_batches:
+            micro = row.to(self.mesh.device)
+            output = self.model.loss(micro, self.config.loss.label_smoothing)
+            sums.add(output, micro)
+            (output.loss_sum * (self._weight(row, counts, num_micro) * loss_scale)).backward()
+            self.optimizer.end_backward()
+        self._fwd_bwd.stop()
+        return sums
+
+    def _weight(self, row: Batch, counts: BatchCounts, num_micro: int) -> float:
+        """By which a micro batch's summed loss is multiplied, so that the ranks' sum is the step's mean."""
+        if self.config.loss.reduction == "token":
+            return 1 / counts.trained_tokens
+        # The 2023 rule: the mean over micro batches and data ranks of each micro batch's mean.
+        return 1 / (max(1, row.num_trained) * num_micro * self.mesh.dp_size)
+
+    def _advance(self, counts: BatchCounts, ok: bool, grad_norm: float, index: int) -> None:
+        self.state.batch_count += 1
+        self.state.num_consumed_tokens += counts.tokens
+        if ok:
+            self.state.step_count += 1
+            return
+        self.state.inf_nan_skip_batches += 1
+        common_warning(
+            logger,
+            f"batch {index}: the gradient norm is {grad_norm}; no update was made, weights and schedules stay "
+            f"({self.state.inf_nan_skip_batches} such batches so far)",
+        )

@@ -1,0 +1,72 @@
+"""Train a language model: `[torchrun --nproc_per_node=N] train.py --config FILE [section.key=value ...]`.
+
+The order below is the order in which data flows. `--help` lists all options and config keys.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.config.checks import check
+from internlm.config.loader import load_config
+from internlm.core.launch import launch
+from internlm.core.mesh import build_mesh
+from internlm.core.random import seed_of
+from internlm.data.loader import build_train_loader, build_valid_loaders
+from internlm.model.init import initial_value
+from internlm.model.transformer import build_model
+from internlm.monitor.monitor import Monitor
+from internlm.monitor.profiler import traced
+from internlm.parallel.parallelize import parallelize
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train import dry_run
+from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, start_logging, user_errors
+from internlm.train.state import TrainState
+from internlm.train.trainer import Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; the exit code: 0 when it is done or the stop file ended it, 143 after SIGTERM."""
+    args = parse_arguments(arguments)
+    world = start_logging(args)
+    config = load_config(args.config, args.overrides, **args.top_level)
+    world_size = args.world_size if args.dry_run and args.world_size else world.size
+    check(config, world_size)
+    if args.dry_run:
+        print(dry_run.report(config, world_size))
+        return 0
+    run_dir = open_run_dir(config, world)
+
+    with launch(args.launcher, args.port) as world:
+        torch.manual_seed(seed_of(config.seed, f"rank {world.rank}"))
+        mesh = build_mesh(config.parallel, world)
+        model = build_model(config)
+        parallelize(model, config, mesh)
+        optimizer = HybridZero(model, config, mesh, partial(initial_value, config=config.model, seed=config.seed))
+
+        state = TrainState()
+        checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)
+        checkpointer.resume()
+        train_loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
+        valid_loaders = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
+
+        trainer = Trainer(model, optimizer, train_loader, state, config, mesh, valid_loaders)
+        reports = trainer.steps()
+        if args.profiling:
+            reports = traced(reports, run_dir / "traces", world.rank)
+        with Monitor(config, run_dir, world.rank, start_step=state.batch_count) as monitor:
+            for report in reports:
+                monitor.report(report)
+                checkpointer.after_step(report)
+                if checkpointer.should_stop:
+                    break
+        checkpointer.close()
+    return EXIT_SIGTERM if checkpointer.stop_reason == "SIGTERM" else 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())
