@@ -11,10 +11,7 @@ Which kernel runs is decided here and nowhere else:
     varlen  torch's own varlen_attn, the same kernel without the package; kv heads must be repeated before torch 2.13
 """
 
-import importlib
 import inspect
-from functools import cache
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -24,6 +21,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 from internlm.ops.segments import Segments
 from internlm.utils.logger import get_logger, log_once
+
+# Looked up at import time: inside a compiled block there is nothing left to find out.
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 logger = get_logger(__name__)
 
@@ -76,17 +79,9 @@ def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> t
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
     if head_dim % 8 or head_dim > 256:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"
-    if _flash_attn() is not None:
+    if flash_attn_varlen_func is not None:
         return "flash", "ragged segments, flash_attn is installed"
     return "varlen", "ragged segments, flash_attn is not installed"
-
-
-@cache
-def _flash_attn() -> ModuleType | None:
-    try:
-        return importlib.import_module("flash_attn")
-    except ImportError:
-        return None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -105,10 +100,9 @@ def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, num_segments: int) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    module = _flash_attn()
-    assert module is not None
+    assert flash_attn_varlen_func is not None
     ends, longest = segments.cu_seqlens, segments.max_length
-    return module.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -79,9 +79,16 @@ def test_choice():
     assert room._choice(True, bf16, 128, False)[0] in ("varlen", "flash")
 
 
-def test_flash_is_preferred_when_installed(monkeypatch):
-    monkeypatch.setattr(room, "_flash_attn", lambda: object())
+def test_flash_when_installed(monkeypatch):
+    """Chosen for ragged segments, and called with the package's signature."""
+
+    def stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == 14
+        return attention_reference(q, k, v, Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist())))
+
+    monkeypatch.setattr(room, "flash_attn_varlen_func", stand_in)
     assert room._choice(True, torch.bfloat16, 128, False)[0] == "flash"
+    assert_agrees((1, 7, 14), 4, 2, 16, "flash", "cpu", torch.float32, 1e-5)
 
 
 def test_packed_gradient_stays_in_its_segment():
