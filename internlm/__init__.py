@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from internlm.core.launch import launch
     from internlm.core.mesh import build_mesh
     from internlm.data.loader import build_train_loader, build_valid_loaders
+    from internlm.model.init import initial_value
     from internlm.model.transformer import build_model
     from internlm.monitor.monitor import Monitor
     from internlm.parallel.parallelize import parallelize
     from internlm.solver.hybrid_zero import HybridZero
     from internlm.train.evaluate import evaluate
+    from internlm.train.state import TrainState
     from internlm.train.trainer import Trainer
 
 _ROOMS = {
@@ -30,9 +32,11 @@ _ROOMS = {
     "build_mesh": "core.mesh",
     "build_model": "model.transformer",
     "parallelize": "parallel.parallelize",
+    "initial_value": "model.init",
     "HybridZero": "solver.hybrid_zero",
     "build_train_loader": "data.loader",
     "build_valid_loaders": "data.loader",
+    "TrainState": "train.state",
     "Trainer": "train.trainer",
     "evaluate": "train.evaluate",
     "Checkpointer": "checkpoint.checkpointer",
@@ -48,9 +52,11 @@ __all__ = [  # noqa: RUF022 (the order of a script)
     "build_mesh",
     "build_model",
     "parallelize",
+    "initial_value",
     "HybridZero",
     "build_train_loader",
     "build_valid_loaders",
+    "TrainState",
     "Trainer",
     "evaluate",
     "Checkpointer",

@@ -18,6 +18,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ from internlm.apis.sampling import Sampling
 from internlm.checkpoint.manifest import MANIFEST
 from internlm.config.schema import Config
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
-from internlm.model.init import initial_value
 from internlm.model.transformer import Transformer
-from internlm.train.state import TrainState
 from internlm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +43,7 @@ MARK = ".demo"  # in a folder that this script made and may therefore empty
 
 CORPUS_BYTES = 6_000_000  # some 2 million tokens: more than the run reads, so that nothing is seen twice
 VALID_SHARE = 16  # every 16th file is held out
-VALID_LINES = 25  # held-out files are cut: validation looks at the first seq_len tokens of a document
+VALID_LINES, VALID_PIECES = 25, 6  # of a held-out file; validation reads the first seq_len tokens of a piece only
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOKENIZER_LINES = 60_000  # enough for 4096 pieces in some seconds
 RESUME_STEPS = 3  # steps between the first checkpoint and the kill: they are lost and done again
@@ -95,16 +94,20 @@ def collect_corpus(folder: Path) -> dict[str, int]:
             continue
         room -= len(text)
         name = "valid" if digest[0] % VALID_SHARE == 0 else "train"
-        lines = text.splitlines(keepends=True)
-        size = VALID_LINES if name == "valid" else len(lines)
-        for start in range(0, len(lines), size):
-            outputs[name].write(json.dumps({"text": "".join(lines[start : start + size])}) + "\n")
+        for piece in [text] if name == "train" else _pieces(text):
+            outputs[name].write(json.dumps({"text": piece}) + "\n")
         counts[name] += 1
     for output in outputs.values():
         output.close()
     if min(counts.values()) == 0:
         raise UserError(f"{library} holds too few .py files for a corpus: {counts}")
     return counts
+
+
+def _pieces(text: str) -> list[str]:
+    lines = text.splitlines(keepends=True)
+    starts = range(0, len(lines), VALID_LINES)[:VALID_PIECES]
+    return ["".join(lines[start : start + VALID_LINES]) for start in starts]
 
 
 def train_tokenizer(corpus: Path, model: Path, vocab_size: int) -> None:
@@ -133,19 +136,17 @@ def held_out_perplexity(config: Config, run_dir: Path) -> float:
     """Of the run's newest checkpoint, or of the initial weights when there is none yet."""
     with internlm.launch() as world:
         mesh = internlm.build_mesh(config.parallel, world)
-        model = internlm.parallelize(internlm.build_model(config), config, mesh)
-        optimizer = internlm.HybridZero(model, config, mesh, _initial(config, world.device))
-        checkpointer = internlm.Checkpointer(config, run_dir, optimizer, TrainState(), mesh)
+        model = internlm.build_model(config)
+        internlm.parallelize(model, config, mesh)
+        value_of = partial(internlm.initial_value, config=config.model, seed=config.seed)
+        optimizer = internlm.HybridZero(model, config, mesh, value_of)
+        checkpointer = internlm.Checkpointer(config, run_dir, optimizer, internlm.TrainState(), mesh)
         checkpointer.resume()
         ((name, loader),) = internlm.build_valid_loaders(config, mesh.dp_rank, mesh.dp_size).items()
         report = internlm.evaluate(model, loader, mesh, name)
         checkpointer.close()
     console.print(f"held-out perplexity {report.perplexity:.1f} over {report.num_tokens} tokens")
     return report.perplexity
-
-
-def _initial(config: Config, device: torch.device) -> Any:
-    return lambda name, shape: initial_value(name, shape, config.model, config.seed, device)
 
 
 def train_until_killed(command: list[str | Path], run_dir: Path) -> int:
@@ -184,6 +185,15 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def steps_done(run_dir: Path) -> int:
     return max((line["step"] for line in metrics(run_dir) if "loss" in line), default=0)
+
+
+def continued(earlier: list[dict[str, Any]], later: list[dict[str, Any]], saved: int, total: int) -> bool:
+    """Whether the second run kept the lines up to step `saved` and wrote each later step once."""
+    kept = later[:saved] == earlier[:saved] and [line["step"] for line in later] == list(range(1, total + 1))
+    redone = [(a["loss"], b["loss"]) for a, b in zip(earlier[saved:], later[saved:], strict=False)]
+    same = sum(a == b for a, b in redone)
+    console.print(f"{len(redone)} steps were lost by the kill and done again, {same} of them with the very same loss")
+    return kept
 
 
 def compare_logits(model: Transformer, exported: Path, tokens: list[int]) -> float:
@@ -264,9 +274,9 @@ def demo(run_dir: Path, overrides: list[str]) -> None:
     with stage("5. Training, killed on the way"):
         killed_after = train_until_killed(train, run_dir)
     with stage("6. The same command again: it resumes"):
-        lines_before = len(metrics(run_dir))
+        earlier = metrics(run_dir)
         run(*train)
-        resumed = metrics(run_dir)[lines_before]["step"] == killed_after + 1
+        resumed = continued(earlier, metrics(run_dir), killed_after, config.data.total_steps)
     with stage("7. After training"):
         after = held_out_perplexity(config, run_dir)
     with stage("8. Export to Hugging Face, read back with transformers"):

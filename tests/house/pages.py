@@ -33,7 +33,8 @@ class Block:
         if self.mode != "dry-run":
             return self.text
         joined = self.text.replace("\\\n", " ")
-        return _MANY_GPUS.sub(r"python train.py\1 --dry_run", joined)
+        ranks = re.search(r"--nproc_per_node=(\d+)", joined)
+        return _MANY_GPUS.sub(rf"python train.py\1 --dry_run --world_size {ranks[1] if ranks else 1}", joined)
 
 
 def blocks(page: Path) -> list[Block]:
