@@ -173,7 +173,7 @@ def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, d
         write(text)
         for entry in shard:
             value = _cast(entry.cut(native(entry.native)), DTYPES[dtype], entry.name).contiguous()
-            write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -210,8 +210,8 @@ class HFReader:
         self._interleaved = model is not None and model.qk_interleaved
         dtype = self._hf.get("dtype") or self._hf.get("torch_dtype")
         self._section = {**section, "dtype": f"torch.{dtype}" if dtype in DTYPES else "torch.float32"}
-        self._files = self._tensor_files()
         self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self._files = self._tensor_files()
         self._entries: dict[str, list[Entry]] = {}
         for entry in entries(self._hf["model_type"], native_shapes(ModelConfig(**self._section))):
             self._entries.setdefault(entry.native, []).append(entry)
@@ -236,22 +236,30 @@ class HFReader:
 
     def _tensor(self, entry: Entry) -> Tensor:
         path = self._files[entry.name]
+        stored = self._header(path).get(entry.name)
+        file = self._storage.show(path)
+        if stored is None:
+            raise UserError(f"{file} lacks {entry.name}, which {_INDEX} promises")
+        if stored.shape != entry.shape:
+            raise UserError(
+                f"{file}: {entry.name} is {list(stored.shape)}, by config.json it should be {list(entry.shape)}"
+            )
         try:
-            if path not in self._headers:
-                self._headers[path], _ = read_header(self._storage, path)
-            stored = self._headers[path].get(entry.name)
-            if stored is None:
-                raise UserError(f"{self._storage.show(path)} lacks {entry.name}, which the index promises")
-            if stored.shape != entry.shape:
-                raise UserError(
-                    f"{self._storage.show(path)}: {entry.name} is {list(stored.shape)}, "
-                    f"by config.json it should be {list(entry.shape)}"
-                )
             return read_slice(self._storage, stored, tuple((0, size) for size in stored.shape))
-        except FileNotFoundError as error:
-            raise UserError(f"{self._storage.show(path)} is missing; it holds {entry.name}") from error
-        except (ValueError, KeyError) as error:  # no header, an end too early, a dtype that we don't know
-            raise UserError(f"{self._storage.show(path)} is damaged or not readable: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{error} ({entry.name}): the file is damaged, fetch it again") from error
+
+    def _header(self, path: str) -> dict[str, TensorEntry]:
+        """Where the tensors of a file lie; each file is looked at once."""
+        if path not in self._headers:
+            file = self._storage.show(path)
+            try:
+                self._headers[path], _ = read_header(self._storage, path)
+            except FileNotFoundError as error:
+                raise UserError(f"{file} is missing; {_INDEX} names it") from error
+            except (ValueError, KeyError) as error:  # no header, or a dtype that we don't know
+                raise UserError(f"{file} is damaged or no safetensors file we can read: {error}") from error
+        return self._headers[path]
 
     def _tensor_files(self) -> dict[str, str]:
         """The file of each tensor."""
@@ -259,8 +267,7 @@ class HFReader:
         if _INDEX in names:
             return self._read_json(_INDEX)["weight_map"]
         if "model.safetensors" in names:
-            header, _ = read_header(self._storage, "model.safetensors")
-            return dict.fromkeys(header, "model.safetensors")
+            return dict.fromkeys(self._header("model.safetensors"), "model.safetensors")
         if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
             raise UserError(
                 f"{self.folder} holds pickled weights, which can run code when they are read and are refused: "

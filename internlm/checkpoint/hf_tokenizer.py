@@ -10,6 +10,7 @@ tokenizer.model is copied beside it for engines that read sentencepiece themselv
 import json
 import shutil
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _open_folder(path: Path) -> TokenizerSource:
 def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path) -> None:
     """tokenizer.json with the algorithm, merges and switches of the sentencepiece model."""
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        sentencepiece_model_pb2 = import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
         from tokenizers import AddedToken, Tokenizer, processors
     except ImportError as error:
         raise UserError(

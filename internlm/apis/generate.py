@@ -1,0 +1,137 @@
+"""Token generation with a key/value cache, for a batch of prompts of any lengths."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from internlm.apis.sampling import Sampling
+from internlm.checkpoint.hf import HFReader
+from internlm.checkpoint.native import NativeReader, is_hf_folder
+from internlm.config.schema import ModelConfig
+from internlm.model.attention import KVCache
+from internlm.model.transformer import Transformer
+from internlm.utils.device import default_device
+from internlm.utils.errors import UserError
+
+_PREFILL = 512  # prompt tokens per row and call: bounds the logits that a long prompt makes and nobody reads
+
+
+def load_model(
+    folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Transformer, ModelConfig]:
+    """The model of a native checkpoint (or a folder of them: the newest good one) or of a Hugging Face folder.
+
+    `device` None: the GPU if there is one. `dtype` None: that of the folder. Raises UserError.
+    """
+    target = default_device() if device is None else torch.device(device)
+    reader: HFReader | NativeReader
+    if is_hf_folder(folder):
+        reader = HFReader(folder)
+        config, fp32_norm = ModelConfig(**reader.config_model()), False
+    else:
+        reader = NativeReader(folder)
+        config, fp32_norm = reader.config.model, reader.config.use_fp32_norm
+    if dtype is not None:
+        config = config.model_copy(update={"dtype": str(dtype)})
+    with torch.device("meta"):
+        model = Transformer(config, fp32_norm)
+    model = model.to_empty(device=target).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        value = reader.value_of(name, tuple(parameter.shape)) if isinstance(reader, HFReader) else reader.read(name)
+        parameter.copy_(value)
+    return model, config
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and including the first of `stop_ids`.
+
+    `prompts` are token ids, with the bos token if the model expects one. Sampling draws from a generator of its own,
+    seeded by `seed`. Raises UserError for empty prompts and ids beyond the vocabulary.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, sampling, stop_ids, seed):
+        for output, token in zip(outputs, tokens, strict=True):
+            if token is not None:
+                output.append(token)
+    return outputs
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Like `generate`, one step at a time: the next token of each prompt, None for those that have ended."""
+    _check(model, prompts, max_new_tokens)
+    return _stream(model, prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed)
+
+
+def _stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    seed: int,
+) -> Iterator[list[int | None]]:
+    weight = model.embedding.weight
+    longest = max(len(prompt) for prompt in prompts)
+    # Rows are padded with their own last token, so that padding marks nothing as seen.
+    tokens = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]).to(weight.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, weight.device, weight.dtype)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
+    seen.scatter_(1, tokens, True)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    stops = set(stop_ids)
+
+    logits = _prefill(model, cache, tokens, lengths)
+    running = [True] * len(prompts)
+    for step in range(max_new_tokens):
+        chosen = sampling.choose(logits, seen, generator)
+        step_tokens = chosen.tolist()  # the one wait for the device
+        yield [token if alive else None for token, alive in zip(step_tokens, running, strict=True)]
+        running = [alive and token not in stops for token, alive in zip(step_tokens, running, strict=True)]
+        if step + 1 == max_new_tokens or not any(running):
+            return
+        seen.scatter_(1, chosen[:, None], True)
+        num_new = torch.tensor(running, dtype=torch.int64).to(weight.device, non_blocking=True)
+        logits = model.decode(chosen[:, None], cache, num_new)[:, 0]
+
+
+def _prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Feed right-padded prompts [batch, longest]; the logits [batch, vocab] behind each row's last token."""
+    last = torch.empty(0)
+    for start in range(0, tokens.shape[1], _PREFILL):
+        chunk = tokens[:, start : start + _PREFILL]
+        num_new = (lengths - start).clamp(0, chunk.shape[1])
+        logits = model.decode(chunk, cache, num_new)
+        here = logits[torch.arange(len(lengths), device=lengths.device), (num_new - 1).clamp(min=0)]
+        last = here if start == 0 else torch.where(num_new[:, None] > 0, here, last)
+    return last
+
+
+def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    vocab = model.config.vocab_size
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not prompts:
+        raise UserError("there is no prompt")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty; begin it with the bos token")
+        wrong = [token for token in prompt if not 0 <= token < vocab]
+        if wrong:
+            raise UserError(f"prompt {number} holds token id {wrong[0]}, the model has ids 0 to {vocab - 1}")

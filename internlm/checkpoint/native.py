@@ -1,0 +1,95 @@
+"""Whole parameters out of a native checkpoint, without a process group: for export and generation."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from internlm.checkpoint.manifest import (
+    MANIFEST,
+    BrokenCheckpointError,
+    Manifest,
+    check_files,
+    list_checkpoints,
+    read_manifest,
+)
+from internlm.checkpoint.shards import ShardIndex
+from internlm.checkpoint.storage import Storage
+from internlm.config.schema import Config
+from internlm.solver.hybrid_zero import Piece
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+class NativeReader:
+    """The model of one checkpoint; its files are verified first.
+
+    `folder` (or fsspec URL) is a step's folder, a folder of checkpoints or a run's folder: of several the newest good
+    one is taken. Raises UserError when there is none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        url = str(Path(folder).expanduser()) if "://" not in str(folder) else str(folder)
+        self._storage, self._folder, manifest = _find(url.rstrip("/"))
+        self.path = self._storage.show(self._folder)
+        text = bytes(self._storage.read(f"{self._folder}/config.json"))
+        try:
+            self.config = Config.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(f"{self.path}/config.json is of another version of this program: {error}") from error
+        self._index = ShardIndex(self._storage, [f"{self._folder}/{name}" for name in _model_files(manifest)])
+        logger.info(f"reading the model of checkpoint {self.path}")
+
+    def read(self, name: str) -> Tensor:
+        """The global parameter `name` on the CPU, in the dtype it was trained in."""
+        shape = self._index.shapes.get(name)
+        if shape is None:
+            raise UserError(f"{self.path} has no parameter {name}")
+        whole = tuple((0, size) for size in shape)
+        return self._index.read(Piece(name, "param", shape, whole, True, lambda: torch.empty(0), lambda value: None))
+
+
+def _model_files(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if name.startswith("model-")]
+
+
+def _find(url: str) -> tuple[Storage, str, Manifest]:
+    """The storage, folder and manifest of the newest checkpoint at `url` whose model verifies."""
+    parent, _, name = url.rpartition("/")
+    here = Storage(url)
+    if MANIFEST in here.names():
+        candidates = [(0, Storage(parent or ("/" if url.startswith("/") else ".")), name)]
+    else:
+        roots = [here, *(Storage(f"{url}/{inner}") for inner in ("checkpoints", "snapshot", "checkpoints/snapshot"))]
+        candidates = [(step, root, folder) for root in roots for step, folder in list_checkpoints(root)]
+        candidates.sort(key=lambda item: -item[0])
+    if not candidates:
+        raise UserError(f"{url} is no checkpoint and holds none: give a folder with {MANIFEST}, or the one above it")
+    reasons = []
+    for _, root, folder in candidates:
+        try:
+            manifest = read_manifest(root, folder)
+            problems = check_files(root, folder, manifest, ["config.json", *_model_files(manifest)])
+        except BrokenCheckpointError as error:
+            problems = [str(error)]
+        if not problems:
+            return root, folder, manifest
+        reasons.append(f"{root.show(folder)}: {'; '.join(problems)}")
+        logger.warning(f"passing over a broken checkpoint: {reasons[-1]}")
+    raise UserError("no checkpoint is whole:\n" + "\n".join(reasons))
+
+
+def is_hf_folder(folder: str | Path) -> bool:
+    """Whether config.json there is one of Hugging Face's; those of runs and checkpoints have a model section."""
+    storage = Storage(str(folder))
+    if "config.json" not in storage.names():
+        return False
+    try:
+        keys = json.loads(storage.read("config.json")).keys()
+    except ValueError as error:
+        raise UserError(f"{storage.show('config.json')} is not JSON: {error}") from error
+    return "model_type" in keys and "model" not in keys

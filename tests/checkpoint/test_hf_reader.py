@@ -1,0 +1,186 @@
+"""Hugging Face folders as native parameters: bit for bit there and back, and clear words where that can't be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from internlm.checkpoint.hf import HFReader, export_hf
+from internlm.config.schema import ModelConfig
+from internlm.model.transformer import Transformer
+from internlm.utils.errors import UserError
+from tests.checkpoint.hf_models import CASES, named, tiny_run
+from tests.model.tiny import random_batch
+
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("arch", [None, "own"])
+@pytest.mark.parametrize("case", [case for case in CASES if "norm_head" not in case])
+def test_export_then_import_is_bit_equal(case: str, arch: str | None, tmp_path: Path) -> None:
+    config, model = tiny_run(case, dtype="torch.bfloat16")
+    if arch == "own":
+        arch = {"INTERNLM": "internlm", "INTERNLM2_PUBLIC": "internlm2", "LLAMA2": "internlm2"}.get(config.model_type)
+    export_hf(named(model), config, tmp_path, arch=arch, max_shard="20KB")
+    reader = HFReader(tmp_path, config.model)
+    for name, parameter in model.named_parameters():
+        value = reader.value_of(name, tuple(parameter.shape))
+        assert value.dtype == torch.float32
+        assert torch.equal(value.bfloat16().view(torch.int16), parameter.view(torch.int16)), name
+    assert reader.config_model()["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "options", "model_type"),
+    [
+        (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}, "INTERNLM"),
+        (
+            LlamaConfig,
+            LlamaForCausalLM,
+            {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "LLAMA2",
+        ),
+        (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, "QWEN2"),
+        (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}, "QWEN3"),
+    ],
+)
+@torch.no_grad()
+def test_import_of_what_transformers_saved_then_export_is_bit_equal(
+    config_class: Any, model_class: Any, options: Any, model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    theirs = model_class(config_class(**SMALL, **options)).to(dtype)
+    for parameter in theirs.parameters():
+        parameter.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path / "in")
+    reader = HFReader(tmp_path / "in")
+    assert reader.model_type == model_type
+    section = reader.config_model()
+    assert section["dtype"] == str(dtype)
+    model = Transformer(ModelConfig(**section))
+    for name, parameter in model.named_parameters():
+        parameter.copy_(reader.value_of(name, tuple(parameter.shape)))
+    if dtype == torch.float32:
+        batch = random_batch((23,), 67)
+        torch.testing.assert_close(model(batch), theirs(batch.tokens[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+    config, _ = tiny_run("llama2")
+    config = config.model_copy(update={"model": ModelConfig(**section)})
+    export_hf(named(model), config, tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    config, model = tiny_run("internlm2")
+    export_hf(named(model), config, tmp_path / "hf", max_shard="20KB")
+    return tmp_path / "hf"
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    about = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in about.items() if value is not None}))
+
+
+def test_another_model_is_refused_with_both_numbers(export: Path) -> None:
+    config, _ = tiny_run("internlm2", num_layers=3, vocab_size=128)
+    with pytest.raises(UserError) as error:
+        HFReader(export, config.model)
+    assert "model.num_layers is 3, the folder has 2" in str(error.value)
+    assert "model.vocab_size is 128, the folder has 67" in str(error.value)
+
+
+def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, _ = tiny_run("internlm2", rope_base=5e6, max_position_embeddings=4096)
+    with caplog.at_level("WARNING", "internlm"):
+        HFReader(export, config.model)
+    assert "model.rope_base is 5000000.0" in caplog.text and "model.max_position_embeddings is 4096" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are llama"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "rope_scaling=llama3"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"vocab_size": None}, "vocab_size missing"),
+        ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
+        ({"num_hidden_layers": 1}, "does not explain: model.layers.1"),
+        ({"hidden_size": 32}, r"is \[67, 48\], by config.json it should be \[67, 32\]"),
+    ],
+)
+def test_what_we_cannot_compute_is_refused(export: Path, changes: dict[str, Any], message: str) -> None:
+    edit(export / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        HFReader(export).value_of("embedding.weight", (67, changes.get("hidden_size", 48)))
+
+
+@pytest.mark.parametrize(
+    ("old", "base"),
+    [
+        ({"rope_parameters": None, "rope_theta": 3e4}, 3e4),  # transformers 4
+        ({"rope_parameters": None, "rope_theta": 3e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 3e4),
+        ({"rope_parameters": None, "rope_theta": None, "rotary": {"base": 2e4, "type": "dynamic"}}, 2e4),  # 2023
+        ({"rope_parameters": None, "rope_theta": None}, 1e4),
+    ],
+)
+def test_rotary_base_is_found_wherever_it_was_kept(export: Path, old: dict[str, Any], base: float) -> None:
+    edit(export / "config.json", **old)
+    assert HFReader(export).config_model()["rope_base"] == base
+
+
+def test_pickles_are_refused(export: Path) -> None:
+    for file in export.glob("model*"):
+        file.unlink()
+    (export / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="convert them with transformers"):
+        HFReader(export)
+
+
+def test_a_missing_shard_and_a_missing_tensor_are_named(export: Path) -> None:
+    weight_map = json.loads((export / "model.safetensors.index.json").read_text())["weight_map"]
+    last = export / weight_map["lm_head.weight"]
+    save_file({"something": torch.zeros(1)}, last)
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight"):
+        HFReader(export).value_of("head.weight", (67, 48))
+    last.unlink()
+    with pytest.raises(UserError, match=f"{last.name} is missing"):
+        HFReader(export).value_of("head.weight", (67, 48))
+
+
+def test_a_truncated_shard_is_named(export: Path) -> None:
+    weight_map = json.loads((export / "model.safetensors.index.json").read_text())["weight_map"]
+    last = export / weight_map["lm_head.weight"]
+    data = last.read_bytes()
+    last.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=f"{last.name}.*lm_head"):
+        HFReader(export).value_of("head.weight", (67, 48))
+    last.write_bytes(data[:20])
+    with pytest.raises(UserError, match=f"{last.name} is damaged"):
+        HFReader(export).value_of("head.weight", (67, 48))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        HFReader(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        HFReader(tmp_path)

@@ -1,0 +1,84 @@
+"""Convert a checkpoint of this framework into a Hugging Face folder.
+
+    python tools/convert2hf.py --src_folder runs/demo/checkpoints --tgt_folder hf --tokenizer tokenizer.model
+
+The source is the folder of one checkpoint, or one that holds checkpoints, of which the newest good one is taken.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm.checkpoint.hf import DTYPES, export_hf
+from internlm.checkpoint.hf_names import LAYOUTS
+from internlm.checkpoint.native import NativeReader
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger, setup_logging
+
+logger = get_logger("convert2hf")
+
+ARCH_HELP = """layout of the export. Default: the one that transformers (5.3 or newer) and the serving engines load
+without remote code: llama for INTERNLM (attention_bias=true), INTERNLM2_PUBLIC and LLAMA2, qwen2 for QWEN2, qwen3 for
+QWEN3. internlm and internlm2 give the tensor names and config.json that InternLM published; to load those, their
+modeling_*.py files must be put beside them."""
+DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
+model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src_folder", "--src", required=True, help="checkpoint, or a folder of checkpoints")
+    parser.add_argument("--tgt_folder", "--tgt", required=True, help="folder of the export; made if missing")
+    parser.add_argument(
+        "--tokenizer", help="sentencepiece .model file or Hugging Face folder; default: data.tokenizer_path of the run"
+    )
+    parser.add_argument("--arch", choices=[*LAYOUTS], help=ARCH_HELP)
+    parser.add_argument("--dtype", default="float16", help=DTYPE_HELP)
+    parser.add_argument("--max_shard", default="10GB", help="largest size of one safetensors file, default 10GB")
+    parser.add_argument("--max_pos", type=int, help="max_position_embeddings to write; default: the trained one")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in --tgt_folder")
+    return parser.parse_args(arguments)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what the user can mend."""
+    dtype = arguments.dtype.removeprefix("torch.")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
+    reader = NativeReader(arguments.src_folder)
+    config = reader.config
+    if arguments.max_pos is not None:
+        if arguments.max_pos <= 0:
+            raise UserError(f"--max_pos {arguments.max_pos} must be positive")
+        model = config.model.model_copy(update={"max_position_embeddings": arguments.max_pos})
+        config = config.model_copy(update={"model": model})
+    tokenizer = arguments.tokenizer
+    if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
+        tokenizer = config.data.tokenizer_path
+        logger.info(f"tokenizer of the run: {tokenizer}")
+    export_hf(
+        reader.read,
+        config,
+        arguments.tgt_folder,
+        arguments.arch,
+        dtype,
+        arguments.max_shard,
+        tokenizer,
+        force=arguments.force,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when the export is complete, 2 for a mistake that the user can mend."""
+    setup_logging(rank=0, world_size=1)
+    try:
+        convert(parse_arguments(arguments))
+    except UserError as error:
+        print(f"convert2hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
