@@ -33,9 +33,10 @@ adam = dict(lr=2e-3)
 ```
 
 * **`_base_`** names files that are read first. Sections merge key by key and the file wins over its bases.
-* **Other names.** Modules, functions, classes, names that begin with an underscore and constants in CAPITALS, as SEQ_LEN,
-  are the file's own business. The file may import modules that lie beside it or in the working directory. InternEvo's
-  `with read_base(): from configs._base_... import *` works too; there an assignment replaces a section as a whole.
+* **Other names.** Modules, functions, classes, names that begin with an underscore and constants in CAPITALS
+  (`SEQ_LEN`) are the file's own business. The file may import modules that lie beside it or in the working directory.
+  InternEvo's `with read_base(): from configs._base_... import *` works too; there an assignment replaces a section as a
+  whole.
 * **Overrides** follow the file on the command line: `python train.py --config FILE model.num_layers=4
   data.train_folder=/data/en`. A value is read as a Python literal, else as text.
 * **`--seed` and `--run_dir`** set the keys of these names.

@@ -8,6 +8,7 @@ import ast
 import copy
 import difflib
 import logging
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -95,7 +96,8 @@ def _parse_value(key: str, text: str) -> Any:
     except (ValueError, SyntaxError):
         return text
     field = find_field(tuple(key.split(".")))
-    kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+    annotation = None if field is None else field.annotation
+    kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if str in kinds and not isinstance(value, str) and not (value is None and type(None) in kinds):
         return text
     return value

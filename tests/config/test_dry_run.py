@@ -1,0 +1,132 @@
+"""The dry run's numbers against the engine's own buffers and what autograd really keeps."""
+
+import pytest
+import torch
+
+from internlm.config.loader import load_config
+from internlm.core.launch import launch
+from internlm.core.mesh import build_mesh
+from internlm.model.batch import Batch, Segments
+from internlm.model.init import initialize
+from internlm.model.transformer import Transformer, build_model
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.dry_run import layout_name, memory_per_rank, report, saved_per_token
+
+
+def sized(**changes):
+    model = {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 1024, **changes}
+    return {"model": model, "data": {"type": "synthetic", "seq_len": 64, "total_steps": 10}}
+
+
+def states(memory) -> int:
+    return memory.parameters + memory.gradients + memory.masters + memory.moments
+
+
+def count(config) -> int:
+    return sum(p.numel() for p in Transformer(config.model).parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_per_parameter"),
+    [
+        ([], 2 + 2 + 2 + 8),
+        (["hybrid_zero_optimizer.master=fp32"], 2 + 2 + 4 + 8),
+        (["hybrid_zero_optimizer.moment_dtype=torch.bfloat16"], 2 + 2 + 2 + 4),
+        (["hybrid_zero_optimizer.grad_dtype=torch.float32"], 2 + 4 + 2 + 8),
+        (["model.dtype=torch.float32"], 4 + 4 + 0 + 8),
+        (["model.dtype=torch.float16"], 2 + 2 + 4 + 8),
+    ],
+)
+def test_bytes_per_parameter(overrides, bytes_per_parameter):
+    config = load_config(sized(), overrides)
+    expected = count(config) * bytes_per_parameter
+    assert states(memory_per_rank(config, 1)) == pytest.approx(expected, rel=1e-3)  # padding
+
+
+def test_shares_of_a_rank():
+    config = load_config(sized(), ["parallel.weight.size=2", "parallel.gradient.size=4", "parallel.zero1.size=8"])
+    memory, number = memory_per_rank(config, 16), count(config)
+    assert memory.parameters == pytest.approx(number * 2 / 2, rel=1e-2)
+    assert memory.gradients == pytest.approx(number * 2 / 4, rel=1e-2)
+    assert memory.masters == pytest.approx(number * 2 / 8, rel=1e-2)
+    assert memory.moments == pytest.approx(number * 8 / 8, rel=1e-2)
+    embedding = 1024 * 256 * 2
+    block = sum(p.numel() for p in Transformer(config.model).layers[0].parameters()) * 2
+    assert memory.gathered == pytest.approx(3 * max(embedding, block), rel=1e-2)  # two gathered, one gradient
+
+
+def test_equal_to_what_the_engine_allocates(small):
+    config = load_config(small, ["model.dtype=torch.bfloat16"])
+    with launch() as world:
+        model = build_model(config)
+        engine = HybridZero(model, config, build_mesh(config.parallel, world), lambda name, shape: torch.zeros(shape))
+        allocated = engine.memory()
+    memory = memory_per_rank(config, 1)
+    assert {name: getattr(memory, name) for name in allocated} == allocated
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": 2}, {"mlp_ratio": 1.0}, {"residual_in_fp32": True}])
+def test_saved_activations_against_autograd(changes):
+    """Two models that differ by one block, run under a hook that sees every tensor autograd keeps."""
+    saved = []
+    for num_layers in (1, 2):
+        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", **changes))
+        model = Transformer(config.model)
+        initialize(model, config.model, seed=0)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def pack(tensor, kept=kept, parameters=parameters):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        tokens = torch.arange(64)
+        segments = Segments(torch.tensor([0, 64], dtype=torch.int32), [64])
+        batch = Batch(tokens, labels=tokens, positions=tokens, segments=segments)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.loss(batch).loss_sum
+        saved.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / len(tokens))
+        del loss
+    # The plain RMSNorm of CPUs also keeps its normalised input and 1 / rms; the formula is for the fused one of GPUs.
+    plain_norms = 2 * (config.model.hidden_size + 1) * 4
+    assert saved_per_token(config.model) + plain_norms == pytest.approx(saved[1] - saved[0], rel=0.02)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks():
+    none = memory_per_rank(load_config(sized(num_layers=8)), 1).activations
+    half = memory_per_rank(load_config(sized(num_layers=8), ["model.checkpoint=0.5"]), 1).activations
+    all_blocks = memory_per_rank(load_config(sized(num_layers=8), ["model.checkpoint=True"]), 1).activations
+    block, stream = none // 8, 64 * 256 * 2
+    assert half == 5 * block + 4 * stream  # one of the recomputed ones is whole again while it is differentiated
+    assert all_blocks == block + 8 * stream
+
+
+def test_the_report():
+    config = load_config(sized(), ["parallel.zero1.size=-1"])
+    text = report(config, 8)
+    assert "  model.hidden_size = 256" in text
+    assert f"{count(config):,} parameters" in text
+    assert "(p, g, os) = (1, 1, 8): ZeRO-1" in text
+    assert "14.00  before sharding" in text
+    assert max(map(len, text.splitlines())) < 140
+
+
+def test_seven_billion_parameters_take_no_memory_to_count():
+    config = load_config("configs/7B_sft.py")
+    assert "7,321,948,160 parameters" in report(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((1, 1, 1, 8), "plain data parallel"),
+        ((1, 1, 8, 8), "ZeRO-1"),
+        ((1, 8, 8, 8), "ZeRO-2"),
+        ((8, 8, 8, 8), "ZeRO-3"),
+        ((4, 4, 4, 8), "HSDP"),
+        ((4, 4, 8, 8), "HFSDP"),
+    ],
+)
+def test_layout_names(sizes, name):
+    assert layout_name(*sizes).startswith(name)
