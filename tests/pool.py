@@ -4,6 +4,7 @@ Starting a process that imports torch takes seconds; the pool starts each worker
 every call, so a multi-rank test costs some milliseconds.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -99,6 +100,7 @@ def _serve(pipe: Connection) -> None:
                 dist.barrier()
             finally:
                 dist.destroy_process_group()
+                gc.collect()  # an engine and its model refer to each other, and hold groups with threads of their own
             pipe.send((None, result))
         except BaseException:
             with suppress(OSError):

@@ -23,6 +23,7 @@ The sharding of states, gradients and parameters is that of ZeRO (Rajbhandari et
 follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class HybridZero:
             for name in unit.layout.modules:
                 users.setdefault(name, []).append(index)
             for slot in unit.layout.slots:
-                hook = partial(self._on_grad, unit, slot)
+                hook = partial(_weakly_on_grad, weakref.ref(self), index, slot)
                 unit.parameters[slot.name].register_post_accumulate_grad_hook(hook)
         for name, indices in users.items():
             module = model.get_submodule(name)
@@ -362,6 +363,14 @@ class HybridZero:
             for kind, size in unit.memory().items():
                 total[kind] = total.get(kind, 0) + size
         return total
+
+
+def _weakly_on_grad(engine: "weakref.ref[HybridZero]", index: int, slot: Slot, parameter: Tensor) -> None:
+    # A hook on a tensor is held where the garbage collector can't see it: with a strong reference here, neither the
+    # engine's memory nor its process groups would ever be freed.
+    alive = engine()
+    if alive is not None:
+        alive._on_grad(alive.units[index], slot, parameter)
 
 
 def _materialise(model: nn.Module, name: str, device: torch.device) -> nn.Parameter:

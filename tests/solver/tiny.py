@@ -28,8 +28,8 @@ def divisor_chains(world_size: int) -> list[Chain]:
 
 
 def make_config(chain: Chain = (1, 1, 1), clip: float = 0.0, **sections: dict[str, Any]) -> Config:
-    """A two-layer model in fp32 without projection biases: the gradient of a key bias is zero but for rounding, and Adam
-    would make steps of that noise."""
+    """A two-layer model in fp32 without projection biases: the gradient of a key bias is zero but for rounding, and
+    Adam would make steps of that noise."""
     p, g, os = chain
     model = {
         "num_layers": 2,
@@ -54,7 +54,7 @@ def make_config(chain: Chain = (1, 1, 1), clip: float = 0.0, **sections: dict[st
 
 
 def batch_of(rows: Tensor) -> Batch:
-    """Rows [n, ROW_LENGTH + 1] of tokens as one packed batch; every third label is not trained, rows differ in how many."""
+    """Rows [n, ROW_LENGTH + 1] of tokens as one packed batch. About a third of the labels is not trained, unevenly."""
     tokens, labels = rows[:, :-1].flatten(), rows[:, 1:].clone()
     labels[labels % 3 == 0] = IGNORE_INDEX
     count = len(rows)
@@ -97,7 +97,7 @@ def train_reference(config: Config, steps: int = 5) -> Run:
         run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         optimizer.step()
         optimizer.zero_grad()
-        run.losses.append(float(loss))
+        run.losses.append(float(loss.detach()))
     run.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return run
 
