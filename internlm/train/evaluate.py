@@ -1,13 +1,13 @@
 """Loss, accuracy and perplexity on validation sets."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from internlm.core.mesh import Mesh
-from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.data.loader import ValidLoader
+from internlm.model.batch import IGNORE_INDEX
 from internlm.model.transformer import Transformer
 from internlm.train.metrics import ValidReport, perplexity
 from internlm.utils.logger import common_warning, get_logger
@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, loader: Iterable[Batch], mesh: Mesh, name: str = "valid") -> ValidReport:
+def evaluate(model: Transformer, loader: ValidLoader, mesh: Mesh) -> ValidReport:
     """Run `model` once over `loader` and average over all trained tokens of all data ranks.
 
     Collective: the loader has the same number of batches on every rank. The model is put in eval mode meanwhile.
@@ -33,7 +33,7 @@ def evaluate(model: Transformer, loader: Iterable[Batch], mesh: Mesh, name: str 
     dist.all_reduce(sums, group=mesh.world_group)
     loss_sum, correct, tokens = sums.tolist()
     if tokens == 0:
-        common_warning(logger, f"Validation dataset: {name} is empty")
-        return ValidReport(name, math.nan, math.nan, math.nan, 0)
+        common_warning(logger, f"Validation dataset: {loader.name} is empty")
+        return ValidReport(loader.name, math.nan, math.nan, math.nan, 0)
     loss = loss_sum / tokens
-    return ValidReport(name, loss, correct / tokens, perplexity(loss), int(tokens))
+    return ValidReport(loader.name, loss, correct / tokens, perplexity(loss), int(tokens))

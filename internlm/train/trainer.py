@@ -56,7 +56,7 @@ class Trainer:
 
     def validate(self) -> tuple[ValidReport, ...]:
         """Evaluate on every validation set."""
-        return tuple(evaluate(self.model, loader, self.mesh, name) for name, loader in self.valid_loaders.items())
+        return tuple(evaluate(self.model, loader, self.mesh) for loader in self.valid_loaders.values())
 
     def _step(self, batch: StepBatch, timer: Timer) -> StepReport:
         if batch.skipped:
