@@ -142,8 +142,8 @@ def held_out_perplexity(config: Config, run_dir: Path) -> float:
         optimizer = internlm.HybridZero(model, config, mesh, value_of)
         checkpointer = internlm.Checkpointer(config, run_dir, optimizer, internlm.TrainState(), mesh)
         checkpointer.resume()
-        ((name, loader),) = internlm.build_valid_loaders(config, mesh.dp_rank, mesh.dp_size).items()
-        report = internlm.evaluate(model, loader, mesh, name)
+        (loader,) = internlm.build_valid_loaders(config, mesh.dp_rank, mesh.dp_size).values()
+        report = internlm.evaluate(model, loader, mesh)
         checkpointer.close()
     console.print(f"held-out perplexity {report.perplexity:.1f} over {report.num_tokens} tokens")
     return report.perplexity
@@ -216,7 +216,7 @@ def write_some_code(model: Transformer, tokenizer: sentencepiece.SentencePiecePr
     prompts = [[tokenizer.bos_id(), *tokenizer.encode(prompt)] for prompt in PROMPTS]
     sampling = Sampling(temperature=0.7, top_p=0.9)
     for prompt, tokens in zip(PROMPTS, internlm.generate(model, prompts, 60, sampling), strict=True):
-        console.print(f"[bold]{escape(prompt)}[/]{escape(tokenizer.decode(tokens))}\n", highlight=False)
+        console.print(f"[bold]{escape(prompt)}[/]{escape(tokenizer.decode(tokens))}\n", highlight=False, soft_wrap=True)
 
 
 def write_report(run_dir: Path, figures: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ def write_report(run_dir: Path, figures: dict[str, Any]) -> None:
     rows = {
         "held-out perplexity": f"{figures['perplexity_before']:.0f} before, {figures['perplexity_after']:.1f} after",
         "speed": f"{figures['tokens_per_second']:.0f} tokens/s on {figures['device']}",
-        "killed and resumed": "yes, without losing a step" if figures["resumed"] else "NO",
+        "killed and resumed": "yes, it went on from its checkpoint" if figures["resumed"] else "NO",
         "export against ours": f"largest difference of logits {figures['logits_max_diff']:.1e}",
         "time": f"{figures['seconds']:.0f} s",
         "Hugging Face folder": _short(figures["hf_folder"]),
@@ -255,6 +255,8 @@ def demo(run_dir: Path, overrides: list[str]) -> None:
     prepare_folder(run_dir)
     corpus, data, exported, tokenizer = (run_dir / name for name in ("corpus", "data", "hf", "tokenizer.model"))
     ours = [f"data.train_folder={data / 'train'}", f"data.valid_folder={data / 'valid'}"]
+    for name in ("train", "valid"):
+        (data / name / "py").mkdir(parents=True)
     config = internlm.load_config(CONFIG, [*ours, *overrides], run_dir=str(run_dir))
     train: list[str | Path] = [ROOT / "train.py", "--config", CONFIG, "--run_dir", run_dir, *ours, *overrides]
 
@@ -266,7 +268,6 @@ def demo(run_dir: Path, overrides: list[str]) -> None:
         console.print(f"{config.model.vocab_size} pieces in {_short(tokenizer)}")
     with stage("3. Tokens"):
         for name in ("train", "valid"):
-            (data / name / "py").mkdir(parents=True)
             source = ["--text_input_path", corpus / f"{name}.jsonl", "--text_key", "text", "--tokenizer", tokenizer]
             run(ROOT / "tools" / "tokenizer.py", *source, "--bin_output_path", data / name / "py" / "stdlib.bin")
     with stage("4. Before training"):
