@@ -83,11 +83,23 @@ def test_no_gradient_work_without_need(monkeypatch):
     def refuse(*_):
         raise AssertionError("gradient work in a forward without gradients")
 
-    monkeypatch.setattr(room, "_logits_to_gradient_", refuse)
+    monkeypatch.setattr(room, "_to_gradient_", refuse)
     hidden, weight, labels = random_case()
     with torch.no_grad():
         out = linear_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(out.loss_sum, by_torch(hidden, weight, labels, 0.0).detach(), rtol=1e-6, atol=0)
+
+
+def test_extreme_logits():
+    """Certain, hopeless and equal predictions: no overflow, no lost digits."""
+    hidden = torch.tensor([[200.0], [-200.0], [0.0], [1e-3]], requires_grad=True)
+    weight = torch.linspace(-1, 1, VOCAB)[:, None].requires_grad_()
+    labels = torch.tensor([VOCAB - 1, VOCAB - 1, 3, 4])
+    out = linear_cross_entropy(hidden, weight, labels)
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    torch.testing.assert_close(out.token_losses.double(), exact.detach(), rtol=1e-6, atol=1e-6)
+    out.loss_sum.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
 def test_backward_twice_gives_the_same():
