@@ -52,10 +52,12 @@ OLD_INTRO = """\
 ## Old spellings
 
 Files of InternLM (2023) and InternEvo (to 0.5.2) load unchanged. The rows below are converted, and the log says so, one
-line a key. A value that cannot be honoured is refused with the reason. Three things differ without a key:
+line a key. A value that cannot be honoured is refused with the reason. Beyond the keys:
 
 * the loss is divided by the tokens of the whole step; `loss.reduction="micro_batch"` gives the 2023 mean of means;
 * a model section without `dtype` means bfloat16, not float16;
+* a model section in the old spelling that is silent on biases or rotary order means what its family meant then
+  (INTERNLM2_PUBLIC with biases; LLAMA2 with biases and interleaved pairs), not the family above;
 * saving in the background and overlapped communication are on unless switched off.
 
 | old key | becomes |

@@ -341,7 +341,7 @@ TABLE: tuple[OldSpelling, ...] = (
     respelled("parallel.weight", "an int is the size", _is_int, lambda value: {"size": value}),
     respelled("parallel.gradient", "an int is the size", _is_int, lambda value: {"size": value}),
     dropped("parallel.pipeline.interleaved_overlap", "no pipeline"),
-    dropped("parallel.weight.memory_pool", "gathered parameters always reuse two buffers"),
+    dropped("parallel.weight.memory_pool", "memory of gathered parameters is always used again"),
     dropped("parallel.sequence_parallel", "no tensor parallel", _falsy, f"sequence parallel {NOT_YET}; set False"),
     dropped("parallel.gqa", "grouped heads need no group of their own"),
 )

@@ -28,11 +28,18 @@ from internlm.utils.logger import get_logger, log_once
 logger = get_logger(__name__)
 
 
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), **top_level: Any) -> Config:
+def load_config(
+    source: str | Path | dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    **top_level: Any,
+) -> Config:
     """The config of a run.
 
     `source` is a `.py` file, a stored `config.json`, or a dict. `overrides` are `section.key=value` texts; `top_level`
-    are top-level keys (seed=, run_dir=) that win over all; None is not given. Raises ConfigError with all problems.
+    are top-level keys (seed=, run_dir=) that win over all; None is not given. With `world_size` the sizes of `parallel`
+    are checked against it too. Raises ConfigError with all problems.
     """
     report = Report()
     tree: Tree = {}
@@ -41,13 +48,15 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     tree = merge(tree, modernise(_parse_overrides(overrides, report), "override", report))
     tree = merge(tree, {key: value for key, value in top_level.items() if value is not None})
     tree = _with_family(settle(tree, report), report)
-    config, problems = _validate(tree)
+    config, problems = _validate(tree, world_size)
     problems = [*report.problems, *problems]
     title = "config" if isinstance(source, dict) else str(source)
     if problems or config is None:
         raise ConfigError(title, problems)
     for note in report.notes:
-        log_once(logger, note, logging.WARNING if "does not exist" in note else logging.INFO)
+        log_once(logger, note)
+    for warning in report.warnings:
+        log_once(logger, warning, logging.WARNING)
     if config.data.valid_every and config.data.valid_folder is None:
         log_once(logger, f"data.valid_every = {config.data.valid_every} has no effect without data.valid_folder")
     return config
@@ -120,7 +129,7 @@ def _with_family(tree: Tree, report: Report) -> Tree:
     return tree
 
 
-def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
+def _validate(tree: Tree, world_size: int | None) -> tuple[Config | None, list[str]]:
     """The config, and every problem of schema and checks.
 
     When keys are wrong, the checks still run on the rest: each wrong key gets its default, or a stand-in where it has
@@ -128,7 +137,7 @@ def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
     """
     try:
         config = Config.model_validate(tree)
-        return config, find_problems(config)
+        return config, find_problems(config, world_size)
     except ValidationError as error:
         problems = validation_problems(error, tree)
     patched = copy.deepcopy(tree)
@@ -136,9 +145,8 @@ def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
         _stand_in(patched, path)
     wrong = [".".join(map(str, path)) for path in problems]
     try:
-        others = [
-            line for line in find_problems(Config.model_validate(patched)) if not any(key in line for key in wrong)
-        ]
+        found = find_problems(Config.model_validate(patched), world_size)
+        others = [line for line in found if not any(key in line for key in wrong)]
     except ValidationError:  # a whole section is missing; the checks would have nothing to look at
         others = []
     return None, [*problems.values(), *others]

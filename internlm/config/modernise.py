@@ -14,6 +14,7 @@ class Report:
     """What was done to all layers: log lines, problems, and which old keys were met."""
 
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
@@ -75,7 +76,7 @@ def _settle_load(tree: Tree, report: Report) -> Tree:
     load = ckpt.get("load_ckpt_info")
     if not load or not ckpt.get("auto_resume", True) or Path(load["path"]).exists():
         return tree
-    report.notes.append(
+    report.warnings.append(
         f"ckpt.load_ckpt_info.path = {load['path']!r} does not exist; ignored as in 2023, where auto_resume came "
         "first. Set ckpt.auto_resume=False to insist on it"
     )

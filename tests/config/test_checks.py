@@ -40,6 +40,13 @@ def test_broken_chains_show_the_arithmetic(small, sizes, world_size, expected):
         check(parallel(small, *sizes), world_size)
 
 
+def test_the_loader_reports_the_ranks_together_with_the_rest(small):
+    with pytest.raises(ConfigError) as caught:
+        load_config(small, ["model.num_layer=1", "parallel.zero1.size=3"], world_size=8)
+    assert len(caught.value.problems) == 2
+    assert "8 = 2 * 3 + 2" in str(caught.value) and "model.num_layers" in str(caught.value)
+
+
 def problems_with(small, **keys) -> list[str]:
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in keys.items()]
     with pytest.raises(ConfigError) as caught:
