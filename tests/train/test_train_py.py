@@ -1,0 +1,222 @@
+"""train.py as a user starts it: outputs, exit codes, messages."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from internlm.train.cli import parse_arguments, user_errors
+
+CONFIG = """
+JOB_NAME = "tiny"
+model_type = "INTERNLM"
+model = dict(
+    num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=64, mlp_ratio=2.0, multiple_of=16,
+    dtype="torch.float32",
+)
+data = dict(type="synthetic", seq_len=16, micro_bsz=2, micro_num=2, total_steps=5, num_worker=0)
+adam = dict(lr=1e-2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_afterwards() -> Iterator[None]:
+    yield
+    logger = logging.getLogger("internlm")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def run_main(*arguments: object) -> int:
+    """The exit code of train.py in this process."""
+    try:
+        with user_errors():
+            return train.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_five_steps_leave_all_outputs(tmp_path: Path, config_file: Path, repo_root: Path) -> None:
+    """In a process of its own, by the 2023 dummy data."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(repo_root / "train.py"), "--config", str(config_file), "--launcher", "torch"]
+    command += ["--run_dir", str(run_dir), "--seed", "7", "--backend", "nccl", "--profiling"]
+    command += ["data.type=tokenized", "model.vocab_size=103168", "model.hidden_size=16", "data.total_steps=6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {"config.json", "metrics.jsonl", "train.log", "loss.png", "tensorboard", "checkpoints", "traces"}
+    assert expected <= {path.name for path in run_dir.iterdir()}
+    lines = lines_of(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["updated"] and line["loss"] > 0 for line in lines)
+    assert lines[-1]["num_consumed_tokens"] == 6 * 2 * 32
+    resolved = json.loads((run_dir / "config.json").read_text())
+    assert (resolved["seed"], resolved["model"]["vocab_size"], resolved["data"]["total_steps"]) == (7, 103168, 6)
+    log = (run_dir / "train.log").read_text()
+    assert "step=6 loss=" in log and log.count('"JOB_NAME": "tiny"') == 1
+    assert "--backend has no effect" in done.stdout
+    assert [path.name for path in (run_dir / "traces").iterdir()] == ["rank0.json.gz"]
+
+
+def test_the_loss_falls_and_a_second_start_has_nothing_to_do(tmp_path: Path, config_file: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ("--config", config_file, "--run_dir", run_dir, "monitor.enable_tb=False")
+    assert run_main(*arguments) == 0
+    lines = lines_of(run_dir)
+    assert len(lines) == 5
+    assert run_main(*arguments) == 0
+    assert lines_of(run_dir) == lines
+
+
+def test_a_longer_run_continues_the_same_file(tmp_path: Path, config_file: Path) -> None:
+    arguments = ("--config", config_file, "monitor.enable_tb=False", "lr_scheduler.total_steps=8")
+    assert run_main(*arguments, "--run_dir", tmp_path / "one", "data.total_steps=4") == 0
+    assert run_main(*arguments, "--run_dir", tmp_path / "one", "data.total_steps=8") == 0
+    assert run_main(*arguments, "--run_dir", tmp_path / "two", "data.total_steps=8") == 0
+    continued, whole = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert [line["step"] for line in continued] == list(range(1, 9))
+    for key in ("step", "loss", "grad_norm", "lr", "num_consumed_tokens"):
+        assert [line[key] for line in continued] == [line[key] for line in whole], key
+
+
+def test_a_bad_config_ends_with_code_2_and_one_screen(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_main("--config", config_file, "--run_dir", tmp_path / "run", "model.num_layer=3", "data.seq_len=abc")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "model.num_layer" in error and "did you mean model.num_layers" in error and "data.seq_len" in error
+    assert "Traceback" not in error and len(error.splitlines()) < 24
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root: Path) -> None:
+    command = [sys.executable, str(repo_root / "train.py"), "--config", str(tmp_path / "missing.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "missing.py" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.num_layers=2"], "--config"),
+        (["--config", "x.py", "model.num_layers"], "expected section.key=value, got model.num_layers"),
+        (["--config", "x.py", "--launcher", "mpi"], "mpi"),
+        (["--config", "x.py", "--sed", "3"], "--sed"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_flags_of_2023_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    flags = "--host h --port 9 --world_size 8 --rank 0 --local_rank 0 --backend nccl --seed 1 --disable_volc_topology"
+    args = parse_arguments(["a.b=1", *flags.split(), "--config", "c.py", "c.d=x"])
+    assert (args.config, args.port, args.world_size, args.launcher) == (Path("c.py"), 9, 8, "torch")
+    assert args.overrides == ("a.b=1", "c.d=x") and args.top_level == {"seed": 1, "run_dir": None}
+    assert args.ignored == ("host", "rank", "local_rank", "backend", "disable_volc_topology")
+
+
+def test_under_srun_the_launcher_is_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.delenv("RANK", raising=False)
+    assert parse_arguments(["--config", "c.py"]).launcher == "slurm"
+    assert parse_arguments(["--config", "c.py", "--launcher", "torch"]).launcher == "torch"
+    monkeypatch.setenv("RANK", "3")  # torchrun inside an allocation
+    assert parse_arguments(["--config", "c.py"]).launcher == "torch"
+
+
+def test_help_lists_options_and_config_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--help") == 0
+    out = capsys.readouterr().out
+    for text in ("--profiling", "--run_dir", "section.key=value", "warmup_ratio", "clip_grad_norm", "num_layers"):
+        assert text in out
+
+
+def test_dry_run_prints_and_touches_nothing(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main("--config", config_file, "--dry_run", "--world_size", 8, "parallel.zero1.size=8") == 0
+    out = capsys.readouterr().out
+    assert "model.num_layers = 2" in out and "memory per rank on 8 ranks" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.py"]
+    assert run_main("--config", config_file, "--dry_run", "--world_size", 6, "parallel.zero1.size=4") == 2
+    assert "parallel.zero1.size = 4 does not divide" in capsys.readouterr().err
+
+
+def test_an_unwritable_run_dir_is_a_user_mistake(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_main("--config", config_file, "--run_dir", tmp_path / "file" / "run") == 2
+    assert "run_dir" in capsys.readouterr().err
+
+
+def test_the_stop_file_ends_with_code_0(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = tmp_path / "stop"
+    report = train.Monitor.report
+
+    def ask_at_two(self: Any, one: Any) -> None:
+        report(self, one)
+        stop.write_text("2")
+
+    monkeypatch.setattr(train.Monitor, "report", ask_at_two)
+    run_dir = tmp_path / "run"
+    assert run_main("--config", config_file, "--run_dir", run_dir, f"ckpt.stop_file_path={stop}") == 0
+    assert len(lines_of(run_dir)) == 2
+
+
+def test_sigterm_saves_and_ends_with_143(tmp_path: Path, config_file: Path, repo_root: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(repo_root / "train.py"), "--config", str(config_file), "--run_dir", str(run_dir)]
+    command += ["data.total_steps=100000", "monitor.enable_tb=False"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    try:
+        metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    finally:
+        process.kill()
+    done = len(lines_of(run_dir))
+    assert done >= 3 and (run_dir / "checkpoints" / str(done)).is_dir()
+
+
+def test_our_own_mistakes_keep_their_traceback_and_code_1(tmp_path: Path, config_file: Path, repo_root: Path) -> None:
+    script = (
+        "import sys, train, internlm.train.trainer as t\n"
+        "t.count_batch = lambda *a: 1 / 0\n"
+        "with train.user_errors():\n"
+        f"    sys.exit(train.main(['--config', {str(config_file)!r}, '--run_dir', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=repo_root)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
