@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from internlm.config.schema import Config, Section
 
-_BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # attributes of pydantic's bounds
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
-    found = {
-        sign: getattr(item, name) for kind, (sign, name) in _BOUNDS.items() for item in metadata if type(item) is kind
-    }
+    found = {sign: getattr(item, name) for name, sign in _SIGNS.items() for item in metadata if hasattr(item, name)}
     if set(found) == {">=", "<="}:
         return f" in [{found['>=']}, {found['<=']}]"
     if set(found) == {">", "<"}:

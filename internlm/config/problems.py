@@ -1,10 +1,10 @@
 """What is wrong with a config, in words: key, value, reason, fix."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from internlm.config.fields import field_type, find_field, keys, section_class
 from internlm.config.modernise import old_keys
@@ -32,7 +32,7 @@ def _key_path(loc: Path) -> Path:
     return loc
 
 
-def _describe(path: Path, details: ErrorDetails, tree: dict[str, Any]) -> str:
+def _describe(path: Path, details: Mapping[str, Any], tree: dict[str, Any]) -> str:
     key = ".".join(str(name) for name in path)
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(key)}"
