@@ -8,7 +8,7 @@ Which kernel runs is decided here and nowhere else:
     sdpa    F.scaled_dot_product_attention: segments of one length as a batch in one call, else segment by segment;
             any device and dtype; on Hopper torch prefers cuDNN, the fastest there is
     flash   flash_attn_varlen_func, if the package is installed; 16-bit on a GPU; one call for ragged segments
-    varlen  torch's own varlen_attn, the same kernel without the package; kv heads must be repeated before torch 2.13
+    varlen  torch's own varlen_attn, the same kernel without the package; kv heads must be repeated before torch 2.12
 """
 
 import inspect
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 Backend = Literal["sdpa", "flash", "varlen"]
 
-# How varlen_attn is told to be causal: a flag in torch 2.10, a window from 2.11 on. Grouped heads: from 2.13 on.
+# How varlen_attn is told to be causal: a flag in torch 2.10, a window from 2.11 on. Grouped heads: from 2.12 on.
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 _VARLEN_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
 _VARLEN_GROUPS = "enable_gqa" in _VARLEN_PARAMETERS
