@@ -12,6 +12,7 @@ Which kernel runs is decided here and nowhere else:
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,17 @@ from torch.nn.attention.varlen import varlen_attn
 from internlm.ops.segments import Segments
 from internlm.utils.logger import get_logger, log_once
 
-# Looked up at import time: inside a compiled block there is nothing left to find out.
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
 
+def _find_flash_attn() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+# Looked up at import time: a compiled block cannot import.
+flash_attn_varlen_func = _find_flash_attn()
 logger = get_logger(__name__)
 
 Backend = Literal["sdpa", "flash", "varlen"]
