@@ -1,7 +1,7 @@
 """loss.png. The only file that imports matplotlib, which is optional: without it there is no picture."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,6 @@ from internlm.train.metrics import StepReport
 from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    INSTALLED = True
-except ImportError:
-    INSTALLED = False
 
 REDRAW_SECONDS = 120.0
 
@@ -29,7 +21,12 @@ class LossPlot:
         self._train: list[tuple[int, float]] = []
         self._valid: dict[str, list[tuple[int, float]]] = {}
         self._drawn = time.monotonic()
-        if not INSTALLED:
+        self._new_figure: Callable[..., Any] | None = None
+        try:  # here, since the import takes a second that ranks and runs without a picture need not wait
+            from matplotlib.figure import Figure
+
+            self._new_figure = Figure
+        except ImportError:
             log_once(logger, "matplotlib is not installed: no loss.png (pip install matplotlib)")
         for line in history:
             self._add(line)
@@ -52,10 +49,9 @@ class LossPlot:
     def draw(self) -> None:
         """Write the picture beside its old version and rename it, so that a viewer never sees half of one."""
         self._drawn = time.monotonic()
-        if not INSTALLED or not self._train:
+        if self._new_figure is None or not self._train:
             return
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = self._new_figure(figsize=(8, 5), layout="constrained")  # without pyplot: needs no display
         axes = figure.add_subplot()
         thinned = self._train[:: max(1, len(self._train) // 5000)]
         axes.plot(*zip(*thinned, strict=True), linewidth=1, label="train")

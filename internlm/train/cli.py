@@ -1,7 +1,6 @@
 """The command line of train.py, the folder of a run, and what the exit code says."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from internlm.config.help import render_help
 from internlm.config.schema import Config
 from internlm.core.launch import DEFAULT_PORT, Launcher, World, world_from_env
+from internlm.utils.environment import started_by_slurm
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging
 
@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
         parser.error(f"expected section.key=value, got {' '.join(wrong)}")
     return Arguments(
         config=given.config,
-        launcher=given.launcher or default_launcher(),
+        launcher=given.launcher or ("slurm" if started_by_slurm() else "torch"),
         port=given.port,
         profiling=given.profiling,
         dry_run=given.dry_run,
@@ -64,11 +64,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
         top_level={"seed": given.seed, "run_dir": given.run_dir},
         ignored=tuple(name for name in _WITHOUT_EFFECT if getattr(given, name)),
     )
-
-
-def default_launcher() -> Launcher:
-    """Slurm inside an srun step that torchrun didn't start; torch otherwise. (2023: always slurm.)"""
-    return "slurm" if "SLURM_PROCID" in os.environ and "RANK" not in os.environ else "torch"
 
 
 class _Help(argparse.Action):
@@ -105,16 +100,25 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into its message and exit code 2; everything else keeps its traceback and code 1."""
+    """Turns a user's mistake into its message and exit code 2; everything else keeps its traceback and code 1.
+
+    Every rank speaks: the launcher ends all when one ends, and the first to go may be the only one that knew. Both
+    kinds are in train.log too.
+    """
     try:
         yield
     except UserError as error:
+        logger.error(str(error), extra={"file_only": True})
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except Exception:
+        logger.exception("the run ends by an exception", extra={"file_only": True})
+        raise
 
 
 def start_logging(arguments: Arguments) -> World:
     """Log lines carry the rank from the first on, before there is a process group. Returns who this process will be."""
+    setup_logging(0, 1)  # until the rank is known, which may fail
     world, _ = world_from_env(arguments.launcher, arguments.port)
     setup_logging(world.rank, world.size)
     for name in arguments.ignored:

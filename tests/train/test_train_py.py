@@ -116,7 +116,7 @@ def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root:
     command = [sys.executable, str(repo_root / "train.py"), "--config", str(tmp_path / "missing.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert "missing.py" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.count("missing.py") == 1 and "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -219,4 +219,5 @@ def test_our_own_mistakes_keep_their_traceback_and_code_1(tmp_path: Path, config
         f"    sys.exit(train.main(['--config', {str(config_file)!r}, '--run_dir', {str(tmp_path / 'run')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=repo_root)
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr
+    assert "ZeroDivisionError" in (tmp_path / "run" / "train.log").read_text()

@@ -201,7 +201,7 @@ def test_validation_is_token_weighted_over_all_ranks(world_size: int) -> None:
     """The learning rate is 0, so the weights of step 2 are the initial ones."""
     model = reference_model(make_config())
     results = [token_losses(model, row) for rows in VALID for row in rows]
-    loss = float(torch.cat([losses for losses, _ in results]).mean())
+    loss = float(torch.cat([losses for losses, _ in results]).detach().mean())
     accuracy = float(torch.cat([right for _, right in results]).double().mean())
     for reports, training in run_ranks(world_size, validate):
         assert [len(report.validation) for report in reports] == [0, 2, 0]
