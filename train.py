@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.manual_seed(seed_of(config.seed, f"rank {world.rank}"))
         mesh = build_mesh(config.parallel, world)
         model = build_model(config)
-        parallelize(model, config, mesh)
+        parallelize(model, config)
         optimizer = HybridZero(model, config, mesh, partial(initial_value, config=config.model, seed=config.seed))
 
         state = TrainState()

@@ -10,7 +10,7 @@ from internlm.core.mesh import Mesh
 
 
 def global_norm(owned_grads: Iterable[Tensor], mesh: Mesh) -> Tensor:
-    """L2 norm over all parameters, each element counted once: fp64 scalar on the device. One all-reduce.
+    """L2 norm over all parameters, each element counted once: fp32 [] on the device. One all-reduce.
 
     Sums run in fp64, so that the norm hardly depends on how the elements are cut.
     """
@@ -19,7 +19,7 @@ def global_norm(owned_grads: Iterable[Tensor], mesh: Mesh) -> Tensor:
     if mesh.coordinates["replica"] > 0:  # the first replica counts for all
         total.zero_()
     all_reduce_(total, mesh.world_group)
-    return total.sqrt()
+    return total.sqrt().float()
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -59,7 +59,7 @@ MAX_IN_FLIGHT = 2
 class StepResult:
     """Outcome of a step, still on the device: reading it is the trainer's one synchronisation."""
 
-    grad_norm: Tensor  # fp64 [], unscaled, before clipping
+    grad_norm: Tensor  # fp32 [], unscaled, before clipping
     ok: Tensor  # bool []; False: the norm was not finite and nothing changed
 
 
@@ -83,7 +83,8 @@ class HybridZero:
         model: on the meta device. Its children (the members of a `ModuleList`) are the units, each called as a module.
         config: sizes in `parallel`, the rest in `hybrid_zero_optimizer`, `adam` and `grad_scaler`.
         value_of: (name, shape) -> the global parameter's value in fp32.
-        trace: told of every event ("forward", "backward", "reduce.begin", "reduce.end", "gather.begin", "gather.end").
+        trace: told of the events "forward", "used" (p > 1), "backward" of a unit, and of the ".begin" and ".end" of its
+            "reduce", "gather" (of updated values) and "fetch" (of sharded parameters).
     """
 
     def __init__(
@@ -186,9 +187,13 @@ class HybridZero:
                     master=None if unit.master is None else unit.master[part],
                 )
             self._gather_updates(unit)
+        self._fetch(self.units[0])  # the next forward's first
 
     def _gather_updates(self, unit: Unit) -> None:
-        unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather_updates)))
+        if unit.sharded:  # together with the parameters, when they are fetched
+            unit.stale = True
+        else:
+            unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather_updates)))
 
     def _read_ok(self) -> None:
         """Takes note of the last step's outcome. The trainer has read it by then, so this waits for nothing."""
@@ -224,6 +229,7 @@ class HybridZero:
         """With sharded parameters: drops them, and has them fetched again before the backward of this module."""
         for index in indices:
             unit = self.units[index]
+            self.trace("used", unit.layout.name)
             # the last module's backward follows at once, and a shared unit is needed at both ends
             if index + 1 < len(self.units) and len(unit.layout.modules) == 1:
                 self._drop(unit)
@@ -242,7 +248,7 @@ class HybridZero:
         if unit.sharded and not unit.present:
             unit.allocate()
             unit.present = True
-            unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather)))
+            unit.pending.append(self.gather_lane.submit(self._traced("fetch", unit, unit.gather)))
 
     def _use(self, unit: Unit) -> None:
         """Makes compute wait for a unit's parameters."""

@@ -65,6 +65,7 @@ class Unit:
         self.missing: set[str] = set()
         self.pending: list[Callable[[], None]] = []  # transfers to wait for before the parameters are read
         self.present = not self.sharded
+        self.stale = False  # parameters of others were updated, and have not been gathered yet
         for slot in layout.slots:
             parameters[slot.name].data = self.view(self.full, slot)
 
@@ -109,7 +110,10 @@ class Unit:
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
     def gather(self) -> None:
-        """All-gather over param: shard -> full. At each use."""
+        """All-gather over param: shard -> full. At each use; the first after an update makes the shard whole before."""
+        if self.stale:
+            self.gather_updates()
+            self.stale = False
         # `.data`: autograd must not take the arrival of values for a change of them
         all_gather_into(self.full.data, self.shard, self.param_group)
 

@@ -1,0 +1,24 @@
+"""Activation recomputation: blocks that keep only their input, and run again in backward."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+def recompute_blocks(layers: nn.ModuleList, fraction: float) -> None:
+    """Makes the first int(len(layers) * fraction) blocks recompute, as `model.checkpoint` asks.
+
+    The block's `forward` is replaced, not the block: hooks on its calls run once, in forward, and don't run again when it
+    is recomputed.
+    """
+    count = int(len(layers) * fraction)
+    for block in list(layers)[:count]:
+        # nothing in a block draws random numbers, so no generator's state is kept
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if count:
+        logger.info("%d of %d blocks are recomputed in backward", count, len(layers))
