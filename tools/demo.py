@@ -137,7 +137,7 @@ def held_out_perplexity(config: Config, run_dir: Path) -> float:
     with internlm.launch() as world:
         mesh = internlm.build_mesh(config.parallel, world)
         model = internlm.build_model(config)
-        internlm.parallelize(model, config, mesh)
+        internlm.parallelize(model, config)
         value_of = partial(internlm.initial_value, config=config.model, seed=config.seed)
         optimizer = internlm.HybridZero(model, config, mesh, value_of)
         checkpointer = internlm.Checkpointer(config, run_dir, optimizer, internlm.TrainState(), mesh)

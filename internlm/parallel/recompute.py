@@ -13,8 +13,8 @@ logger = get_logger(__name__)
 def recompute_blocks(layers: nn.ModuleList, fraction: float) -> None:
     """Makes the first int(len(layers) * fraction) blocks recompute, as `model.checkpoint` asks.
 
-    The block's `forward` is replaced, not the block: hooks on its calls run once, in forward, and don't run again when it
-    is recomputed.
+    The block's `forward` is replaced, not the block: hooks on its calls run once, in forward, and don't run again when
+    it is recomputed.
     """
     count = int(len(layers) * fraction)
     for block in list(layers)[:count]:
