@@ -1,0 +1,1 @@
+"""From files to packed rows: formats -> packing -> order (sampler, mixture) -> loader."""

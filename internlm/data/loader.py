@@ -1,0 +1,248 @@
+"""Batches for the trainer: worker processes read and pack rows ahead of time, in an order that no worker decides.
+
+What a worker is asked for is one step's rows of this data rank; what it sends back is one tensor per step, whatever
+the number of micro batches: every tensor sent costs a file handle, and there are 1,024 of these.
+"""
+
+import os
+import signal
+import threading
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from internlm.config.schema import Config
+from internlm.data.formats import SampleFile
+from internlm.data.mixture import MixtureOrder
+from internlm.data.packing import PackedFile, PackOptions, Row, WholeSamples
+from internlm.data.sampler import BatchSizes, EpochOrder, Order, SkippedBatches
+from internlm.data.sources import Sources, open_train, open_valid
+from internlm.model.batch import Batch, Segments
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimizer step trains on, on this data rank."""
+
+    index: int  # number of the batch in the run, from 0
+    micro_batches: list[Batch]  # empty if skipped
+    num_rows: int  # of all data ranks
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some packed rows on their way from a worker: few tensors, easily pinned."""
+
+    data: Tensor  # int64 [rows, 4, tokens]
+    cu_seqlens: Tensor  # int32, those of all rows one after the other
+    lengths: tuple[tuple[int, ...], ...]  # of the segments of each row
+    num_trained: tuple[int, ...]
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> "_Rows":
+        data = torch.from_numpy(np.stack([row.data for row in rows]))
+        ends = [np.cumsum((0, *row.lengths), dtype=np.int32) for row in rows]
+        return _Rows(
+            data,
+            torch.from_numpy(np.concatenate(ends)),
+            tuple(row.lengths for row in rows),
+            tuple(row.num_trained for row in rows),
+        )
+
+    def pin_memory(self) -> "_Rows":
+        return _Rows(self.data.pin_memory(), self.cu_seqlens.pin_memory(), self.lengths, self.num_trained)
+
+    def batches(self) -> list[Batch]:
+        cu_seqlens = self.cu_seqlens.split([len(lengths) + 1 for lengths in self.lengths])
+        return [
+            Batch(tokens, labels, positions, Segments(ends, lengths), type_ids, trained)
+            for (tokens, labels, positions, type_ids), ends, lengths, trained in zip(
+                self.data.unbind(0), cu_seqlens, self.lengths, self.num_trained, strict=True
+            )
+        ]
+
+
+class TrainRows:
+    """All training rows of a run, file after file, by one number."""
+
+    def __init__(self, sources: Sources, options: PackOptions) -> None:
+        self.type_names = sources.type_names
+        self.files = [
+            PackedFile(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
+        ]
+        self.ends = list(accumulate(len(file) for file in self.files))
+        num_samples = sum(len(file) for file in sources.files)
+        num_tokens = sum(file.num_tokens for file in self.files)
+        logger.info(
+            "training data: %d files, %d samples, %d tokens -> %d rows of %d tokens",
+            *(len(self.files), num_samples, num_tokens, len(self), options.row_length),
+        )
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, number: int) -> Row:
+        place = bisect_right(self.ends, number)
+        return self.files[place][number - (self.ends[place] - len(self.files[place]))]
+
+    def by_source(self) -> dict[str, np.ndarray]:
+        """The row numbers of each source."""
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in self.type_names}
+        for file, end in zip(self.files, self.ends, strict=True):
+            rows[self.type_names[file.type_id]].append(np.arange(end - len(file), end))
+        return {name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in rows.items()}
+
+
+class _Reader(Dataset):
+    """Runs in the workers: row numbers in, `_Rows` out. A user's mistake travels as a value, since a worker's
+    exception would reach the user as a traceback."""
+
+    def __init__(self, rows: TrainRows | WholeSamples) -> None:
+        self.rows = rows
+
+    def __getitem__(self, numbers: list[int]) -> _Rows | UserError | None:
+        try:
+            return _Rows.of([self.rows[number] for number in numbers]) if numbers else None
+        except UserError as error:
+            return error
+
+
+class _Numbers(Sampler[list[int]]):
+    """What is read, step after step: asked anew whenever the loader is iterated."""
+
+    def __init__(self, loader: "TrainLoader | ValidLoader") -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.loader.row_numbers()
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _start_worker(_: int) -> None:
+    """Signals are for the trainer, which saves and then ends its workers; under Slurm every process gets them."""
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """SIGTERM from anybody but the trainer is not for this process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _torch_loader(loader: "TrainLoader | ValidLoader", rows: TrainRows | WholeSamples, num_workers: int) -> DataLoader:
+    with warnings.catch_warnings():  # more workers than cores is the user's choice
+        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+        return DataLoader(
+            _Reader(rows),
+            batch_size=None,
+            sampler=_Numbers(loader),
+            num_workers=num_workers,
+            collate_fn=_same,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+        )
+
+
+class TrainLoader:
+    """The batches of a run from `start_batch` to `total_steps`, as one data rank reads them."""
+
+    def __init__(self, config: Config, dp_rank: int, dp_size: int, start_batch: int = 0) -> None:
+        data = config.data
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.next_batch = start_batch
+        self.total_steps = data.total_steps
+        self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
+        self.skipped = SkippedBatches.parse(data.skip_batches)
+        rows = TrainRows(open_train(data, config.model.vocab_size), _options(config))
+        self.type_names = rows.type_names
+        self.order: Order = (
+            MixtureOrder(rows.by_source(), data.mixture, self.sizes, data.seed)
+            if data.mixture
+            else EpochOrder(len(rows), self.sizes, data.seed)
+        )
+        self._loader = _torch_loader(self, rows, data.num_worker)
+
+    def seek(self, batch: int) -> None:
+        """The next iteration begins at `batch`."""
+        self.next_batch = batch
+
+    def row_numbers(self) -> Iterator[list[int]]:
+        """The rows of this rank in each batch; none for a skipped one, which is counted but not read."""
+        for index in range(self.next_batch, self.total_steps):
+            skipped = index in self.skipped
+            yield [] if skipped else self.order.batch(index)[self.dp_rank :: self.dp_size].tolist()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Raises UserError for data that can't be read or does not fit the model."""
+        for index, rows in enumerate(self._loader, self.next_batch):
+            if isinstance(rows, UserError):
+                raise rows
+            batches = [] if rows is None else rows.batches()
+            self.next_batch = index + 1
+            yield StepBatch(index, batches, self.sizes.size(index), skipped=rows is None)
+
+
+class ValidLoader:
+    """One validation set, again from its start each time it is iterated; every sample is read exactly once.
+
+    Rows are dealt to the data ranks in turn; where they don't come out even, the last ranks get a row on which nothing
+    is counted, so that all ranks do the same number of forward passes.
+    """
+
+    def __init__(self, name: str, files: list[SampleFile], options: PackOptions, dp_rank: int, dp_size: int) -> None:
+        self.name = name
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.rows = WholeSamples(files, options)
+        self._loader = _torch_loader(self, self.rows, num_workers=0)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.dp_size)
+
+    def row_numbers(self) -> Iterator[list[int]]:
+        for index in range(len(self)):
+            yield [index * self.dp_size + self.dp_rank]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self._loader:
+            if isinstance(rows, UserError):
+                raise rows
+            yield from rows.batches()
+
+
+def _options(config: Config) -> PackOptions:
+    data = config.data
+    return PackOptions(data.seq_len, data.seq_len * data.micro_bsz, config.model.vocab_size, data.pack_sample_into_one)
+
+
+def build_train_loader(config: Config, dp_rank: int, dp_size: int, start_batch: int = 0) -> TrainLoader:
+    """The training batches of data rank `dp_rank` of `dp_size`, from batch `start_batch` on.
+
+    Raises UserError for missing or damaged files, bad `mixture`, `rampup_batch_size` or `skip_batches`, and for fewer
+    rows than one batch takes.
+    """
+    return TrainLoader(config, dp_rank, dp_size, start_batch)
+
+
+def build_valid_loaders(config: Config, dp_rank: int, dp_size: int) -> dict[str, ValidLoader]:
+    """The validation sets by name, empty without `data.valid_folder`. One batch is micro_bsz * seq_len tokens."""
+    sets = open_valid(config.data, config.model.vocab_size)
+    return {name: ValidLoader(name, files, _options(config), dp_rank, dp_size) for name, files in sets.items()}

@@ -1,0 +1,207 @@
+"""Text files to token ids: the common part of `tools/tokenizer.py` and of `data.type="text"`.
+
+The file is cut into pieces of whole lines; worker processes read, check and encode their pieces; results come back
+in order. Memory does not grow with the file.
+"""
+
+import json
+import multiprocessing
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from internlm.data.encoder import Encoder, Recipe
+from internlm.utils.errors import UserError
+
+PIECE_BYTES = 1 << 20  # of text per task
+
+Kind = Literal["txt", "json", "jsonl"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One task: some whole lines of a text file, or texts that were already taken out of a json list."""
+
+    path: str
+    kind: Kind
+    start: int = 0
+    size: int = 0
+    texts: tuple[str, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Bytes of the file that are read once this piece is."""
+        return self.start + self.size
+
+
+def kind_of(path: Path) -> Kind:
+    """Raises UserError unless the name ends in txt, json or jsonl."""
+    suffix = path.name.rsplit(".", 1)[-1]
+    if suffix not in ("txt", "json", "jsonl"):
+        raise UserError(f"{path}: cannot tell the format by the name; it must end in .txt, .json or .jsonl.")
+    return suffix  # type: ignore[return-value]
+
+
+def pieces_of(path: Path, text_key: str | None) -> Iterator[Piece]:
+    """The tasks of a file, in order. Raises UserError for a json file that is not a list."""
+    kind = kind_of(path)
+    if kind == "json":
+        yield from _json_pieces(path, text_key)
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while start < size:
+            file.seek(start + PIECE_BYTES)
+            file.readline()
+            end = min(file.tell(), size)
+            yield Piece(str(path), kind, start, end - start)
+            start = end
+
+
+def texts_of(piece: Piece, text_key: str | None) -> list[str]:
+    """The texts of a piece. Raises UserError naming file and line."""
+    if piece.kind == "json":
+        return list(piece.texts)
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        data = file.read(piece.size)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = _line_number(piece, data[: error.start].count(b"\n"))
+        raise UserError(f"{piece.path}, line {number}: not UTF-8 ({error.reason}).") from error
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    if piece.kind == "txt":
+        return [stripped for line in lines if (stripped := line.strip())]
+    if text_key is None:
+        return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    texts = []
+    for number, line in enumerate(lines):
+        if line.strip():
+            value, problem = _value(line, text_key)
+            if problem:
+                raise UserError(f"{piece.path}, line {_line_number(piece, number)}: {problem}")
+            texts.append(value)
+    return texts
+
+
+def _line_number(piece: Piece, index: int) -> int:
+    """The number in the file, from 1, of line `index` of the piece; read again, as it is needed for errors only."""
+    before, left = 0, piece.start
+    with open(piece.path, "rb") as file:
+        while left > 0:
+            data = file.read(min(left, PIECE_BYTES))
+            before += data.count(b"\n")
+            left -= len(data)
+    return before + index + 1
+
+
+def _value(line: str, text_key: str) -> tuple[str, str]:
+    """The text in a jsonl line, and what is wrong with it, if anything."""
+    try:
+        element = json.loads(line)
+    except ValueError as error:
+        return "", f"broken JSON ({error}): {line.strip()[:60]}"
+    if not isinstance(element, dict) or not isinstance(element.get(text_key), str):
+        return "", f'expected an object with a string under "{text_key}": {line.strip()[:60]}'
+    return element[text_key], ""
+
+
+def _json_pieces(path: Path, text_key: str | None) -> Iterator[Piece]:
+    texts: list[str] = []
+    weight = done = 0
+    for number, (element, end) in enumerate(json_elements(path)):
+        if text_key is None:
+            texts.append(json.dumps(element))
+        elif isinstance(element, dict) and isinstance(element.get(text_key), str):
+            texts.append(element[text_key])
+        else:
+            raise UserError(f'{path}, element {number + 1}: expected an object with a string under "{text_key}".')
+        weight += len(texts[-1])
+        if weight >= PIECE_BYTES:
+            yield Piece(str(path), "json", done, end - done, tuple(texts))
+            texts, weight, done = [], 0, end
+    yield Piece(str(path), "json", done, path.stat().st_size - done, tuple(texts))
+
+
+def json_elements(path: Path) -> Iterator[tuple[Any, int]]:
+    """The elements of a file that is one JSON list, one by one, with the characters read so far.
+
+    Raises UserError if it is anything else, naming the element at which reading stopped.
+    """
+    decoder = json.JSONDecoder()
+    skip = re.compile(r"[\s,]*")
+    with path.open(encoding="utf-8") as file:
+        text, place, done, number, step = file.read(PIECE_BYTES).lstrip(), 1, 0, 0, PIECE_BYTES
+        if not text.startswith("["):
+            raise UserError(f"{path}: a .json file must hold one list; for one object a line use .jsonl.")
+        while True:
+            place = skip.match(text, place).end()  # type: ignore[union-attr]
+            if text[place : place + 1] == "]":
+                return
+            try:
+                element, end = decoder.raw_decode(text, place)
+                complete = end < len(text)  # else a number may go on behind what was read
+            except ValueError:
+                complete = False
+            if complete:
+                yield element, done + end
+                place, number, step = end, number + 1, PIECE_BYTES
+                continue
+            more = file.read(step)
+            if not more:
+                raise UserError(f"{path}, element {number + 1}: broken JSON, or the closing ] is missing.")
+            done, text, place, step = done + place, text[place:] + more, 0, step * 2
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of one piece, in decimal ids: sample i is `ids[i]`, for example "1, 22, 333"."""
+
+    ids: list[str]
+    end: int  # bytes of the input read so far
+
+
+def encode_file(path: Path, recipe: Recipe, num_workers: int) -> Iterator[Encoded]:
+    """All samples of a text file, in order. With one worker everything happens in this process."""
+    pieces = pieces_of(path, recipe.text_key)
+    if num_workers <= 1:
+        _start(recipe)
+        yield from map(_encode_piece, pieces)
+        return
+    # A fork inherits what is loaded; beside the threads of a training process it is not safe.
+    method = "spawn" if "torch" in sys.modules else "fork"
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(recipe,)) as pool:
+        running: deque[Future[Encoded]] = deque()
+        try:
+            for piece in pieces:
+                running.append(pool.submit(_encode_piece, piece))
+                if len(running) >= 3 * num_workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Encoder | None = None  # of this process
+_text_key: str | None = None
+
+
+def _start(recipe: Recipe) -> None:
+    global _encoder, _text_key
+    _encoder, _text_key = Encoder(recipe), recipe.text_key
+
+
+def _encode_piece(piece: Piece) -> Encoded:
+    assert _encoder is not None
+    return Encoded(_encoder.encode(texts_of(piece, _text_key)), piece.end)
