@@ -80,9 +80,9 @@ class Run:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train_reference(config: Config, steps: int = 5) -> Run:
+def train_reference(config: Config, steps: int = 5, device: torch.device = CPU) -> Run:
     """One process, the whole batch at once, `torch.optim.AdamW`."""
-    model = build_model(config, "cpu")
+    model = build_model(config, device)
     initialize(model, config.model, config.seed)
     adam = config.adam
     optimizer = torch.optim.AdamW(
@@ -90,7 +90,7 @@ def train_reference(config: Config, steps: int = 5) -> Run:
     )
     run = Run()
     for step in range(steps):
-        batch = batch_of(global_rows(step))
+        batch = batch_of(global_rows(step)).to(device)
         loss = torch.nn.functional.cross_entropy(model(batch).float(), batch.labels, ignore_index=IGNORE_INDEX)
         loss.backward()
         limit = config.hybrid_zero_optimizer.clip_grad_norm or float("inf")
@@ -116,9 +116,9 @@ def train_step(model: Transformer, engine: HybridZero, mesh: Mesh, step: int, ac
     rows = global_rows(step)
     total = batch_of(rows).num_trained
     engine.begin_step(accumulation)
-    loss_sum = torch.zeros(())
+    loss_sum = torch.zeros((), device=mesh.device)
     for share in rows[mesh.dp_rank :: mesh.dp_size].chunk(accumulation):
-        loss = model.loss(batch_of(share)).loss_sum
+        loss = model.loss(batch_of(share).to(mesh.device)).loss_sum
         (loss / total * engine.loss_scale).backward()
         engine.end_backward()
         loss_sum += loss.detach()
@@ -127,9 +127,11 @@ def train_step(model: Transformer, engine: HybridZero, mesh: Mesh, step: int, ac
     return float(loss_sum) / total, float(result.grad_norm)
 
 
-def train_engine(rank: int, world_size: int, config: Config, accumulation: int, steps: int = 5) -> Run:
-    """The same by the engine, on this rank of a gloo group."""
-    mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
+def train_engine(
+    rank: int, world_size: int, config: Config, accumulation: int, steps: int = 5, device: torch.device = CPU
+) -> Run:
+    """The same by the engine, on this rank of the process group."""
+    mesh = build_mesh(config.parallel, World(rank, rank, world_size, device))
     model, engine = build_engine(config, mesh)
     run = Run()
     for step in range(steps):
