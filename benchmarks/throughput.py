@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # steps: allocator, kernels' choice, loader
 CASES = {
     "demo": ["configs/demo.py"],
-    "7B": ["configs/7B_sft.py", "data.seq_len=4096", "data.micro_bsz=2", "data.micro_num=8", "model.checkpoint=True"],
+    "7B": ["configs/7B_sft.py", "data.seq_len=4096", "data.micro_bsz=2", "data.micro_num=4", "model.checkpoint=True"],
     "1.8B": ["configs/1.8B_internlm2.py", "data.seq_len=4096", "data.micro_bsz=4", "data.micro_num=4"],
 }
 COMMON = [

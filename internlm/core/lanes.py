@@ -6,6 +6,7 @@ and the order of collectives is the same on all ranks.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -32,7 +33,12 @@ class StreamLane:
         with torch.cuda.stream(self.stream), torch.no_grad():
             work()
             done = self.stream.record_event()
-        return lambda: torch.cuda.current_stream().wait_event(done)
+        return partial(_wait_for, done, work)
+
+
+def _wait_for(done: torch.cuda.Event, work: Work) -> None:
+    # `work` has been launched long ago. Held here, the memory it uses isn't given to others until compute has waited.
+    torch.cuda.current_stream().wait_event(done)
 
 
 class ThreadLane:
