@@ -4,12 +4,14 @@ What a worker is asked for is one step's rows of this data rank; what it sends b
 the number of micro batches: every tensor sent costs a file handle, and there are 1,024 of these.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -143,14 +145,14 @@ def _start_worker(_: int) -> None:
 
 def _end_with_parent() -> None:
     """SIGTERM from anybody but the trainer is not for this process."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    trainer = multiprocessing.parent_process()
+    while trainer is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
         pass
     os._exit(0)
 
 
 def _torch_loader(loader: "TrainLoader | ValidLoader", rows: TrainRows | WholeSamples, num_workers: int) -> DataLoader:
-    with warnings.catch_warnings():  # more workers than cores is the user's choice
-        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+    with _any_worker_count():
         return DataLoader(
             _Reader(rows),
             batch_size=None,
@@ -160,6 +162,24 @@ def _torch_loader(loader: "TrainLoader | ValidLoader", rows: TrainRows | WholeSa
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
         )
+
+
+@contextmanager
+def _any_worker_count() -> Iterator[None]:
+    """Without torch's warning: more workers than cores is the user's choice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+        yield
+
+
+def _read(loader: DataLoader) -> Iterator[_Rows | None]:
+    """What the workers send. Raises the UserError that one of them met."""
+    with _any_worker_count():
+        answers = iter(loader)
+    for rows in answers:
+        if isinstance(rows, UserError):
+            raise rows
+        yield rows
 
 
 class TrainLoader:
@@ -193,9 +213,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Raises UserError for data that can't be read or does not fit the model."""
-        for index, rows in enumerate(self._loader, self.next_batch):
-            if isinstance(rows, UserError):
-                raise rows
+        for index, rows in enumerate(_read(self._loader), self.next_batch):
             batches = [] if rows is None else rows.batches()
             self.next_batch = index + 1
             yield StepBatch(index, batches, self.sizes.size(index), skipped=rows is None)
@@ -222,9 +240,8 @@ class ValidLoader:
             yield [index * self.dp_size + self.dp_rank]
 
     def __iter__(self) -> Iterator[Batch]:
-        for rows in self._loader:
-            if isinstance(rows, UserError):
-                raise rows
+        for rows in _read(self._loader):
+            assert rows is not None  # every rank has a row in every batch
             yield from rows.batches()
 
 
