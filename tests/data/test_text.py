@@ -17,7 +17,7 @@ from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.data.text import cache_folder, open_text
 from internlm.data.tokenize import encode_file, json_elements
 from internlm.utils.errors import UserError
-from tests.data.helpers import REAL_TOKENIZER, make_config, train_tokenizer
+from tests.data.helpers import REAL_TOKENIZER, make_config, open_and_log, train_tokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -222,23 +222,11 @@ def test_text_cache(tmp_path: Path, cache: Path, tokenizer: Path, monkeypatch: p
     assert sorted(path.suffix for path in cache.iterdir()) == [".bin", ".idx", ".lock", ".lock"]  # nothing half done
 
 
-def _open_and_log(path: Path, tokenizer: Path, log: Path) -> None:
-    original = text_module.encode_file
-
-    def counted(*arguments: object) -> object:
-        with log.open("a") as file:
-            file.write("built\n")
-        return original(*arguments)  # type: ignore[arg-type]
-
-    text_module.encode_file = counted  # type: ignore[assignment]
-    assert len(open_text(path, tokenizer, "text")) == 3000
-
-
 def test_one_process_builds_and_the_others_wait(tmp_path: Path, cache: Path, tokenizer: Path) -> None:
     write_texts(tmp_path / "a.jsonl", 3000)
     context = multiprocessing.get_context("spawn")
     arguments = (tmp_path / "a.jsonl", tokenizer, tmp_path / "log")
-    processes = [context.Process(target=_open_and_log, args=arguments) for _ in range(3)]
+    processes = [context.Process(target=open_and_log, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
