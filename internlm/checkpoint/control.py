@@ -13,8 +13,8 @@ class Control:
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo")
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+        self.rank = self.group.rank()
+        self.size = self.group.size()
 
     def maximum(self, numbers: list[int]) -> list[int]:
         """The largest of each number over all ranks."""
