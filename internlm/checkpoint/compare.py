@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from internlm.config.schema import Config, ModelConfig
 from internlm.utils.errors import UserError
-from internlm.utils.logger import get_logger
+from internlm.utils.logger import common_warning, get_logger
 
 logger = get_logger(__name__)
 
@@ -43,7 +43,7 @@ def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
     try:
         model = ModelConfig.model_validate(known)
     except ValidationError as error:
-        logger.info("%s: its model section can't be read, tensors are compared one by one (%s)", what, error)
+        common_warning(logger, f"{what}: its model section can't be read, so tensors are compared one by one ({error})")
         return
     theirs, ours = sizes_of(model), sizes_of(config.model)
     differences = [f"model.{key}: {theirs[key]} in the checkpoint, {ours[key]} in this run" for key in ours]
@@ -56,4 +56,4 @@ def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
     for key in _MEANING:
         old, new = getattr(model, key), getattr(config.model, key)
         if old != new:
-            logger.info("%s was trained with model.%s=%s, this run has %s", what, key, old, new)
+            common_warning(logger, f"{what} was trained with model.{key}={old}, this run has {new}")

@@ -17,7 +17,7 @@ from internlm.core.random import set_rng_state
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.state import TrainState
 from internlm.utils.errors import UserError
-from internlm.utils.logger import get_logger
+from internlm.utils.logger import common_warning, get_logger
 
 logger = get_logger(__name__)
 
@@ -66,9 +66,10 @@ class Loader:
             logger.info("resumed from %s at step %d", found, self.state.step_count)
             return found
         if candidates:
-            logger.info(
-                "ckpt.auto_resume is off, but %s holds checkpoints up to step %d, which a later resume would prefer",
-                *(self.storages["normal"].url, candidates[0][0]),
+            common_warning(
+                logger,
+                f"ckpt.auto_resume is off, but {self.storages['normal'].url} holds checkpoints up to step "
+                f"{candidates[0][0]}, which a later resume would prefer",
             )
         if ckpt.load_ckpt_info is None:
             logger.info("new run: no checkpoint in %s and no ckpt.load_ckpt_info", self.storages["normal"].url)
@@ -92,7 +93,7 @@ class Loader:
                 return self._verified(self.storages[kind], folder)
             except BrokenCheckpointError as error:
                 reasons.append(str(error))
-                logger.info("passing over a broken checkpoint: %s", error)
+                common_warning(logger, f"passing over a broken checkpoint: {error}")
                 if kind == "normal":
                     self.broken.add(folder)
         raise UserError(
@@ -108,8 +109,6 @@ class Loader:
         if manifest is not None:
             by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
             mine = check_files(storage, folder, manifest, by_size[self.control.rank :: self.control.size])
-            for problem in mine:
-                logger.warning("%s: %s", storage.show(folder), problem)
             problems = [problem for part in self.control.gather(mine) for problem in part]
         if manifest is None or problems:
             raise BrokenCheckpointError(f"{storage.show(folder)}: {'; '.join(problems[:4])}")

@@ -1,0 +1,95 @@
+"""SIGKILL at random moments of saves: the newest checkpoint always loads and is never a mixture.
+
+A warm process forks the victims, so that each costs milliseconds; the files are read back with the safetensors library.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors.numpy
+import torch
+
+from internlm.checkpoint.manifest import check_files, list_checkpoints, read_manifest
+from internlm.checkpoint.storage import Storage
+from tests.checkpoint.fake import FakeOptimizer, FakeRun, make_config, world_of_one
+
+KILLS = 100
+SHAPES = {f"layers.{i}.weight": (256, 256) for i in range(4)}  # 3 MiB a checkpoint
+
+
+def victim(folder: Path, ready: int, parent: int) -> None:
+    """Resumes, then saves as fast as it can until it is killed (or its parent is)."""
+    torch.set_num_threads(1)
+    with world_of_one():
+        config = make_config(10**9, checkpoint_every=1, keep_last=2, oss_snapshot_freq=3)
+        run = FakeRun(folder, config, FakeOptimizer(SHAPES))
+        run.checkpointer.resume()
+        values = run.optimizer.values()
+        assert values == {float(run.state.step_count)}, values
+        os.write(ready, b"r")
+        while os.getppid() == parent:
+            run.step()
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 without any; checks that it is whole and not mixed."""
+    storage = Storage(str(folder))
+    listed = list_checkpoints(storage)
+    if not listed:
+        return 0
+    step, name = listed[0]
+    manifest = read_manifest(storage, name)
+    assert check_files(storage, name, manifest, list(manifest.files)) == []
+    values = set()
+    for file in manifest.files:
+        if file.startswith(("model-", "optimizer-")):
+            for array in safetensors.numpy.load_file(folder / name / file).values():
+                values |= {float(array.min()), float(array.max())}
+    assert values == {float(step)}, (name, values)
+    assert json.loads((folder / name / "state.json").read_text())["train"]["step_count"] == step
+    return step
+
+
+def main(folder: Path) -> None:
+    """Kills `KILLS` forked victims one after another. Prints how often a save was cut."""
+    generator, step, cut, parent = random.Random(0), 0, 0, os.getpid()
+    for _ in range(KILLS):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                victim(folder, writer, parent)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        started = os.read(reader, 1)
+        os.close(reader)
+        assert started == b"r", "the victim could not resume"
+        time.sleep(generator.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        now = newest(folder / "checkpoints")
+        assert now >= step, (now, step)
+        step = now
+        cut += any(".tmp-" in path.name for path in (folder / "checkpoints").iterdir())
+    print(json.dumps({"step": step, "cut": cut}))
+
+
+def test_one_hundred_kills(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.checkpoint.test_kill", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["cut"] >= KILLS // 4 and result["step"] >= 5, result
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
