@@ -160,6 +160,7 @@ def _torch_loader(loader: "TrainLoader | ValidLoader", rows: TrainRows | WholeSa
             num_workers=num_workers,
             collate_fn=_same,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else a seed is drawn from the default one whenever an iteration starts
             worker_init_fn=_start_worker,
         )
 

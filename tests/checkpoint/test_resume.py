@@ -21,7 +21,7 @@ from tests.pool import run_ranks
 CHAINS: dict[int, list[Chain]] = {
     1: [(1, 1, 1)],
     2: [(1, 1, 1), (1, 1, 2), (2, 2, 2)],
-    4: [(1, 1, 1), (1, 1, 4), (1, 2, 2), (2, 2, 4), (4, 4, 4)],
+    4: [(1, 1, 4), (1, 2, 2), (2, 2, 4), (4, 4, 4)],
 }
 LAYOUTS = [(world_size, chain) for world_size, chains in CHAINS.items() for chain in chains]
 BF16, FP16, FP32 = ({"dtype": f"torch.{name}"} for name in ("bfloat16", "float16", "float32"))
@@ -58,7 +58,6 @@ def test_twenty_steps_are_ten_and_ten(world_size: int, chain: Chain, sections: d
     assert contents(tmp_path / "parts/checkpoints" / last) == contents(tmp_path / "whole/checkpoints" / last)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's DataLoader takes its seed from the default generator when it starts")
 def test_random_numbers_continue(tmp_path: Path) -> None:
     config = run_config((1, 1, 1), 2, ckpt={"checkpoint_every": 10})
     whole = run_ranks(2, train, config, tmp_path / "whole")
