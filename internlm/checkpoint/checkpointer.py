@@ -169,7 +169,7 @@ class Checkpointer:
             state = {"train": self.state.state_dict(), "optimizer": self.optimizer.state_dict()}
             texts = {"config.json": self.config.model_dump_json(indent=1), "state.json": json.dumps(state, indent=1)}
         keep = self.config.ckpt.keep_last if kind == "normal" else 1
-        world = {"ranks": self.control.size, **self.mesh.sizes}
+        world = {"ranks": self.control.size, **self.mesh.sizes, **self.mesh.dense.sizes}
         metadata = metadata_of(pieces, token, step)
         spared = frozenset(self._loader.broken)
         return Save(storage, step, kind, token, rank, world, tensors, metadata, texts, keep, spared)

@@ -18,7 +18,7 @@ from internlm.checkpoint.manifest import (
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
-from internlm.solver.hybrid_zero import Piece
+from internlm.solver.pieces import Piece
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice
 from internlm.core.placement import Box, box_shape
-from internlm.solver.hybrid_zero import Piece
+from internlm.solver.pieces import Piece
 from internlm.utils.errors import UserError
 
 _KEY = re.compile(r"(?P<name>.+)/(?P<kind>\w+)\[(?P<box>[\d:,]*)\]")

@@ -254,14 +254,31 @@ class WeightConfig(AxisConfig):
     overlap: bool = Field(True, description="gather the next unit's parameters while one computes")
 
 
+class ContextConfig(Section):
+    """Ranks between which a packed row is cut; attention still sees whole documents."""
+
+    ring: PositiveInt = Field(1, description="ranks of ring attention, between which keys and values travel")
+    ulysses: PositiveInt = Field(
+        1, description="ranks that exchange tokens for heads around attention; tensor.mode=isp sets it by tensor.size"
+    )
+
+
+class PipelineConfig(AxisConfig):
+    schedule: Literal["auto", "1f1b", "interleaved", "zbv", "dualpipev"] = Field(
+        "auto", description="order of micro batches; auto: interleaved when model.num_chunks > 1, else 1f1b"
+    )
+
+
 class ParallelConfig(Section):
-    """Ranks per axis. ZeRO sizes form a divisor chain: weight | gradient | zero1 | data-parallel size."""
+    """Ranks per axis. ZeRO sizes form a divisor chain: weight | gradient | zero1 | ranks that hold the same weights."""
 
     zero1: Zero1Config = Field(Zero1Config(), description="shards of optimizer states")
     gradient: GradientConfig = Field(GradientConfig(), description="shards of accumulated gradients (ZeRO-2)")
     weight: WeightConfig = Field(WeightConfig(), description="shards of parameters")
     tensor: TensorConfig = Field(TensorConfig(), description="tensor parallel")
-    pipeline: AxisConfig = Field(AxisConfig(), description="pipeline parallel")
+    context: ContextConfig = Field(ContextConfig(), description="sequence parallel")
+    pipeline: PipelineConfig = Field(PipelineConfig(), description="pipeline parallel")
+    expert: AxisConfig = Field(AxisConfig(), description="ranks between which the experts are dealt out")
 
     @model_validator(mode="before")
     @classmethod
@@ -271,6 +288,17 @@ class ParallelConfig(Section):
         if isinstance(data, dict) and "gradient" not in data and size is not None:
             return {**data, "gradient": {"size": size}}
         return data
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Ranks on each axis of the model but data, which takes the rest. `isp` is Ulysses under its 2023 name."""
+        isp = self.tensor.mode == "isp"
+        return {
+            "pipeline": self.pipeline.size,
+            "ring": self.context.ring,
+            "ulysses": self.context.ulysses * (self.tensor.size if isp else 1),
+            "tensor": 1 if isp else self.tensor.size,
+        }
 
 
 class MonitorConfig(Section):

@@ -1,6 +1,15 @@
 """The only rank arithmetic of the project: which rank stands where on which axis.
 
-The data ranks are factored into four nested axes, outermost first; neighbours on `param` are neighbours on a node:
+The world is cut into five axes, outermost first; neighbours on the last ones are neighbours on a node:
+
+    pipeline  stages of the model
+    data      replicas that read different rows
+    ring      parts of a row, between which keys and values travel
+    ulysses   parts of a row, which exchange tokens for heads around attention
+    tensor    parts of every matrix
+
+Ranks that differ on data, ring and ulysses alone hold the same parameters. Hybrid ZeRO shares them out, so it cuts these
+dp = data x ring x ulysses ranks anew into four nested axes:
 
     replica   copies of everything             size dp / os
     optim     shares optimizer states          size os / g
@@ -9,28 +18,49 @@ The data ranks are factored into four nested axes, outermost first; neighbours o
 
 Hence optimizer states are cut over optim x grad x param (os ranks), gradients over grad x param (g ranks), parameters
 over param (p ranks): the divisor chain p | g | os | dp of Hybrid ZeRO.
+
+Experts have axes of their own, independent of the dense ones: all ranks of a stage, data x ring x ulysses x tensor, hold
+different tokens; `expert` neighbours hold different experts, and the ranks that hold the same ones share them by
+Hybrid ZeRO with the chain's sizes as far as they divide (the greatest common divisors).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd, prod
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from internlm.config.schema import ParallelConfig
 from internlm.core.launch import World
 
-AXES = ("replica", "optim", "grad", "param")
+MODEL_AXES = ("pipeline", "data", "ring", "ulysses", "tensor")
+ZERO_AXES = ("replica", "optim", "grad", "param")
+
+Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """A rank's coordinates, and the process group of each axis."""
+class Axes:
+    """Sizes of some axes, this rank's coordinate on each, and the ranks that differ from it on that axis alone."""
+
+    sizes: Mapping[str, int]
+    coordinates: Mapping[str, int]
+    groups: Mapping[str, Group]
+
+    def group(self, axis: str) -> Group:
+        """The ranks that differ from this one on `axis` alone, in order."""
+        return self.groups[axis]
+
+
+@dataclass(frozen=True)
+class Mesh(Axes):
+    """A rank's place: on the axes of the model (and `expert`), and on the ZeRO axes of dense and expert parameters."""
 
     world: World
-    sizes: dict[str, int]
-    coordinates: dict[str, int]
-    groups: dict[str, dist.ProcessGroup]
+    dense: Axes
+    expert: Axes
 
     @property
     def device(self) -> torch.device:
@@ -38,25 +68,33 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        return self.world.rank
+        """Which rows this rank reads."""
+        return self.coordinates["data"]
 
     @property
     def dp_size(self) -> int:
-        return self.world.size
+        return self.sizes["data"]
 
     @property
-    def world_group(self) -> dist.ProcessGroup:
+    def sequence_size(self) -> int:
+        """Parts that a row is cut into, between which attention communicates."""
+        return self.sizes["ring"] * self.sizes["ulysses"]
+
+    @property
+    def world_group(self) -> Group:
         group = dist.group.WORLD
         assert group is not None, "the process group exists while a mesh does"
         return group
 
-    def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one on `axis` alone, in order."""
-        return self.groups[axis]
+
+def sharing_ranks(parallel: ParallelConfig, world_size: int) -> int:
+    """dp: the ranks that hold the same dense parameters, data x ring x ulysses."""
+    sizes = parallel.axis_sizes
+    return world_size // (sizes["pipeline"] * sizes["tensor"])
 
 
 def zero_sizes(parallel: ParallelConfig, dp_size: int) -> tuple[int, int, int]:
-    """(p, g, os): ranks that share parameters, gradients and optimizer states; -1 stands for all data ranks."""
+    """(p, g, os): ranks that share parameters, gradients and optimizer states; -1 stands for all `dp_size`."""
 
     def resolve(size: int) -> int:
         return dp_size if size == -1 else size
@@ -64,21 +102,71 @@ def zero_sizes(parallel: ParallelConfig, dp_size: int) -> tuple[int, int, int]:
     return resolve(parallel.weight.size), resolve(parallel.gradient.size), resolve(parallel.zero1.size)
 
 
+def expert_zero_sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
+    """(p, g, os) of expert parameters: the dense chain as far as it divides the ranks that hold the same experts."""
+    holders = world_size // parallel.axis_sizes["pipeline"] // parallel.expert.size
+    p, g, os = zero_sizes(parallel, sharing_ranks(parallel, world_size))
+    return gcd(p, holders), gcd(g, holders), gcd(os, holders)
+
+
 def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
     """The mesh of a run. Collective: every rank calls it. The sizes were checked by `config.checks`."""
-    p, g, os = zero_sizes(parallel, world.size)
-    assert world.size % os == 0 and os % g == 0 and g % p == 0, (p, g, os, world.size)
-    sizes = dict(zip(AXES, (world.size // os, os // g, g // p, p), strict=True))
-    device_mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=AXES)
-    coordinates = {axis: device_mesh.get_local_rank(axis) for axis in AXES}
-    return Mesh(world, sizes, coordinates, {axis: _group_of(device_mesh, axis) for axis in AXES})
+    sizes = parallel.axis_sizes
+    stages, tensor, experts = sizes["pipeline"], sizes["tensor"], parallel.expert.size
+    dp = sharing_ranks(parallel, world.size)
+    sizes["data"] = dp // (sizes["ring"] * sizes["ulysses"])
+    dense_zero = _nested(zero_sizes(parallel, dp), dp)
+    expert_zero = _nested(expert_zero_sizes(parallel, world.size), dp * tensor // experts)
+    alone = _alone(world)
+    model = _axes(world, {axis: sizes[axis] for axis in MODEL_AXES}, MODEL_AXES, alone)
+    dense = _axes(world, {"pipeline": stages, **dense_zero, "tensor": tensor}, ZERO_AXES, alone)
+    expert_axes = (*ZERO_AXES, "expert")
+    expert = _axes(world, {"pipeline": stages, **expert_zero, "expert": experts}, expert_axes, alone)
+    return Mesh(
+        sizes={**model.sizes, "expert": experts},
+        coordinates={**model.coordinates, "expert": expert.coordinates["expert"]},
+        groups={**model.groups, "expert": expert.groups["expert"]},
+        world=world,
+        dense=dense,
+        expert=expert,
+    )
 
 
-def _group_of(device_mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
-    """The axis's own group. A `DeviceMesh` hands out the default group for an axis of all ranks; collectives on a lane
-    must not mix with those that the main thread sends over the default group."""
-    group = device_mesh.get_group(axis)
-    if group is dist.group.WORLD and group.size() > 1:
-        group = dist.new_group()
-        assert group is not None
+def _nested(chain: tuple[int, int, int], holders: int) -> dict[str, int]:
+    """Sizes of the ZeRO axes for (p, g, os) among `holders` ranks."""
+    p, g, os = chain
+    assert holders % os == 0 and os % g == 0 and g % p == 0, (p, g, os, holders)
+    return dict(zip(ZERO_AXES, (holders // os, os // g, g // p, p), strict=True))
+
+
+def _axes(world: World, sizes: dict[str, int], wanted: tuple[str, ...], alone: Group) -> Axes:
+    """Cuts the world into nested axes of `sizes`, outermost first, and makes the groups of the `wanted` ones.
+
+    Groups are made for axes of more than one rank; the others share the group of this rank alone.
+    """
+    assert prod(sizes.values()) == world.size, (sizes, world.size)
+    coordinates, rest = {}, world.rank
+    for axis in reversed(sizes):
+        rest, coordinates[axis] = divmod(rest, sizes[axis])
+    groups = dict.fromkeys(wanted, alone)
+    wide = [axis for axis, size in sizes.items() if size > 1]
+    if wide:
+        shape = tuple(sizes[axis] for axis in wide)
+        device_mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=tuple(wide))
+        groups.update({axis: _own(device_mesh.get_group(axis)) for axis in wide if axis in wanted})
+    return Axes({axis: sizes[axis] for axis in wanted}, {axis: coordinates[axis] for axis in wanted}, groups)
+
+
+def _own(group: Group) -> Group:
+    """A group of all ranks, in place of the default one, which a `DeviceMesh` hands out for an axis of all ranks:
+    collectives on a lane must not mix with those that the main thread sends over the default group."""
+    if group is dist.group.WORLD:
+        group = dist.new_group()  # type: ignore[assignment]
+    return group
+
+
+def _alone(world: World) -> Group:
+    """The group of this rank alone, in which nothing is sent."""
+    group = dist.new_group([world.rank], use_local_synchronization=True)
+    assert group is not None
     return group

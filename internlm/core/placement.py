@@ -1,13 +1,49 @@
-"""Boxes: n-dimensional slices of global tensors, by which shards are named independently of any layout."""
+"""Boxes: n-dimensional slices of global tensors, by which shards are named independently of any layout; and
+placements: which box of a parameter a rank's model holds, and who holds copies of it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per dim of the global tensor
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a parameter lies on the ranks of one set of replicas, before Hybrid ZeRO shares it out.
+
+    A parameter that is not cut has copies on all tensor ranks. Their gradients are summed: each comes from a part of
+    the tokens or of the heads. Where every tensor rank computes the whole gradient, `grad_scale` is 1 / tensor ranks.
+    """
+
+    shape: tuple[int, ...]  # of the global tensor
+    box: Box  # what this rank's model holds of it
+    axis: Literal["tensor", "expert"] | None = None  # along which it is cut
+    grad_scale: float = 1.0  # factor of the gradient before copies are summed
+
+
+def whole(shape: tuple[int, ...], grad_scale: float = 1.0) -> Placement:
+    """Of a parameter that is not cut."""
+    return Placement(shape, tuple((0, size) for size in shape), grad_scale=grad_scale)
+
+
+def cut(shape: tuple[int, ...], dim: int, rank: int, ranks: int, axis: Literal["tensor", "expert"]) -> Placement:
+    """Of a parameter cut along `dim` into equal parts, of which this rank holds number `rank`."""
+    assert shape[dim] % ranks == 0, (shape, dim, ranks)
+    part = shape[dim] // ranks
+    box = [(0, size) for size in shape]
+    box[dim] = (rank * part, (rank + 1) * part)
+    return Placement(shape, tuple(box), axis)
+
+
 def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
+
+
+def shifted(box: Box, origin: Box) -> Box:
+    """A box given relative to the corner of `origin`, in global coordinates."""
+    return tuple((start + first, stop + first) for (start, stop), (first, _) in zip(box, origin, strict=True))
 
 
 def boxes_of_interval(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[Box, int, int]]:

@@ -1,17 +1,25 @@
 """Units and their flat buffers: who lies where.
 
-A unit is what is gathered, reduced and updated at once: a transformer block, the embedding, the head; one unit per
-dtype where a module mixes dtypes. All parameters of a unit lie in one flat buffer, so that a collective moves one piece
-of memory and nothing is copied in or out.
+A unit is what is gathered, reduced and updated at once: a transformer block, the embedding, the head. Where a module
+mixes dtypes, or parameters that different ranks share, it has a unit for each. All parameters of a unit lie in one flat
+buffer, so that a collective moves one piece of memory and nothing is copied in or out.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from math import prod
+from typing import Literal
 
 import torch
 from torch import nn
+
+from internlm.core.placement import Placement, whole
+
+# Who shares a unit's parameters: dense ones the ranks that hold the same part of the model; copied ones those as well,
+# and every tensor rank has a copy; experts the ranks that hold the same experts.
+Kind = Literal["dense", "copied", "expert"]
+KINDS: tuple[Kind, ...] = ("dense", "copied", "expert")
 
 ALIGNMENT = 64  # elements; views start at 128 bytes at least, which tensor cores and vector loads want
 
@@ -21,9 +29,10 @@ class Slot:
     """A parameter's place in the flat buffer of its unit."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of this rank's part of the global parameter
     start: int
     stop: int
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class UnitLayout:
     """The flat buffer of a unit. Slots with weight decay come first, so that a single position parts the two kinds."""
 
     name: str
+    kind: Kind
     dtype: torch.dtype
     slots: tuple[Slot, ...]
     size: int  # elements, padded so that every shard of every axis is aligned
@@ -38,49 +48,72 @@ class UnitLayout:
     modules: tuple[str, ...]  # whose forward uses it
 
 
-def plan_units(model: nn.Module, num_shards: int, no_decay: Sequence[str], shared: bool) -> list[UnitLayout]:
+def plan_units(
+    model: nn.Module,
+    num_shards: Mapping[Kind, int],
+    no_decay: Sequence[str],
+    shared: bool,
+    placements: Mapping[str, Placement] | None = None,
+    tensor_size: int = 1,
+) -> list[UnitLayout]:
     """The units of a model, in the order of its forward pass.
 
     Args:
         model: its children are the units; a `ModuleList` stands for its members.
-        num_shards: into how many equal parts a buffer must divide (the os of Hybrid ZeRO).
+        num_shards: into how many equal parts the buffers of a kind must divide (the os of Hybrid ZeRO).
         no_decay: patterns of parameter names without weight decay.
         shared: the last module uses the first one's parameters as well (tied embeddings).
+        placements: by name, of parameters that `parallel` has cut; the others are whole.
+        tensor_size: tensor ranks; with one of them nothing is copied.
     """
     modules: list[str] = []
     for name, child in model.named_children():
         modules += [f"{name}.{i}" for i in range(len(child))] if isinstance(child, nn.ModuleList) else [name]
     units = []
     for module in modules:
-        parameters = {
-            f"{module}.{name}": parameter for name, parameter in model.get_submodule(module).named_parameters()
-        }
         users = (module, modules[-1]) if shared and module == modules[0] else (module,)
-        dtypes = sorted({parameter.dtype for parameter in parameters.values()}, key=str)
-        for dtype in dtypes:
-            shapes = {name: tuple(p.shape) for name, p in parameters.items() if p.dtype == dtype}
-            label = module if len(dtypes) == 1 else f"{module}:{str(dtype).removeprefix('torch.')}"
-            units.append(_layout(label, dtype, shapes, num_shards, no_decay, users))
+        groups: dict[tuple[int, str], list[Slot]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for inner, parameter in model.get_submodule(module).named_parameters():
+            name, shape = f"{module}.{inner}", tuple(parameter.shape)
+            placement = (placements or {}).get(name, whole(shape))
+            key = (KINDS.index(_kind(placement, tensor_size)), str(parameter.dtype).removeprefix("torch."))
+            dtypes[key[1]] = parameter.dtype
+            groups.setdefault(key, []).append(Slot(name, shape, 0, prod(shape), placement))
+        for kind_index, dtype_name in sorted(groups):
+            kind = KINDS[kind_index]
+            suffix = f":{dtype_name}" if len(dtypes) > 1 else ""
+            suffix += f":{kind}" if len({index for index, _ in groups}) > 1 and kind != "dense" else ""
+            slots = groups[kind_index, dtype_name]
+            units.append(_layout(module + suffix, kind, dtypes[dtype_name], slots, num_shards[kind], no_decay, users))
     return units
+
+
+def _kind(placement: Placement, tensor_size: int) -> Kind:
+    if placement.axis == "expert":
+        return "expert"
+    return "dense" if placement.axis == "tensor" or tensor_size == 1 else "copied"
 
 
 def _layout(
     label: str,
+    kind: Kind,
     dtype: torch.dtype,
-    shapes: dict[str, tuple[int, ...]],
+    parameters: Sequence[Slot],
     num_shards: int,
     no_decay: Sequence[str],
     users: tuple[str, ...],
 ) -> UnitLayout:
-    undecayed = {name for name in shapes if any(fnmatch(name, pattern) for pattern in no_decay)}
+    """Lines `parameters` up, those with weight decay first."""
+    undecayed = {slot.name for slot in parameters if any(fnmatch(slot.name, pattern) for pattern in no_decay)}
     slots, end, decay_stop = [], 0, 0
-    for name in sorted(shapes, key=lambda name: name in undecayed):
-        start, stop = end, end + prod(shapes[name])
-        slots.append(Slot(name, shapes[name], start, stop))
+    for slot in sorted(parameters, key=lambda slot: slot.name in undecayed):
+        start, stop = end, end + prod(slot.shape)
+        slots.append(replace(slot, start=start, stop=stop))
         end = _round_up(stop, ALIGNMENT)
-        if name not in undecayed:
+        if slot.name not in undecayed:
             decay_stop = end
-    return UnitLayout(label, dtype, tuple(slots), _round_up(end, num_shards * ALIGNMENT), decay_stop, users)
+    return UnitLayout(label, kind, dtype, tuple(slots), _round_up(end, num_shards * ALIGNMENT), decay_stop, users)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -9,15 +9,15 @@ from internlm.core.collectives import all_reduce_
 from internlm.core.mesh import Mesh
 
 
-def global_norm(owned_grads: Iterable[Tensor], mesh: Mesh) -> Tensor:
-    """L2 norm over all parameters, each element counted once: fp32 [] on the device. One all-reduce.
+def global_norm(counted_grads: Iterable[Tensor], mesh: Mesh) -> Tensor:
+    """L2 norm over all parameters: fp32 [] on the device. One all-reduce.
 
-    Sums run in fp64, so that the norm hardly depends on how the elements are cut.
+    Every element is among the `counted_grads` of exactly one rank. Sums run in fp64, so that the norm hardly depends on
+    how the elements are cut.
     """
-    squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in owned_grads]
-    total = torch.stack(squares).sum()
-    if mesh.coordinates["replica"] > 0:  # the first replica counts for all
-        total.zero_()
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for grad in counted_grads:
+        total += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     all_reduce_(total, mesh.world_group)
     return total.sqrt().float()
 

@@ -17,7 +17,8 @@ and a step is, for every unit (a transformer block, the embedding, the head):
     gather     each unit's new values travel as soon as it is updated, while the next unit is updated and the next
                forward begins
 
-With one rank the same code runs and there is nothing to send.
+With one rank the same code runs and there is nothing to send. Parameters that `parallel` has cut along the tensor or the
+expert axis are, to the engine, smaller parameters: it works among the ranks that hold the same part (see core.mesh).
 
 The sharding of states, gradients and parameters is that of ZeRO (Rajbhandari et al., 2020); groups of independent sizes
 follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
@@ -25,23 +26,26 @@ follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, HybridZeroConfig
+from internlm.core.collectives import all_gather_into
 from internlm.core.lanes import build_lanes
 from internlm.core.mesh import Mesh
-from internlm.core.placement import Box, box_shape, boxes_of_interval
+from internlm.core.placement import Placement
 from internlm.ops.adamw import adam_scalars, adamw_
-from internlm.solver.buckets import Slot, plan_units
+from internlm.solver.buckets import Kind, Slot, UnitLayout, plan_units
 from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
+from internlm.solver.pieces import Piece, pieces_of
 from internlm.solver.unit import Unit
 from internlm.utils.device import torch_dtype
 from internlm.utils.logger import get_logger
@@ -63,19 +67,6 @@ class StepResult:
     ok: Tensor  # bool []; False: the norm was not finite and nothing changed
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a global tensor that this rank holds, for checkpoints."""
-
-    name: str
-    kind: str  # "param" | "master" | "exp_avg" | "exp_avg_sq"
-    global_shape: tuple[int, ...]
-    box: Box
-    owner: bool  # False on replicas: they load it and don't save it
-    read: Callable[[], Tensor]  # -> tensor of the box's shape, on the device
-    write: Callable[[Tensor], None]
-
-
 class HybridZero:
     """Owns the memory of a model's parameters, gradients and optimizer states.
 
@@ -83,12 +74,19 @@ class HybridZero:
         model: on the meta device. Its children (the members of a `ModuleList`) are the units, each called as a module.
         config: sizes in `parallel`, the rest in `hybrid_zero_optimizer`, `adam` and `grad_scaler`.
         value_of: (name, shape) -> the global parameter's value in fp32.
+        placements: of the parameters that `parallelize` has cut; all others are whole.
         trace: told of the events "forward", "used" (p > 1), "backward" of a unit, and of the ".begin" and ".end" of its
             "reduce", "gather" (of updated values) and "fetch" (of sharded parameters).
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, mesh: Mesh, value_of: ValueOf, trace: Trace | None = None
+        self,
+        model: nn.Module,
+        config: Config,
+        mesh: Mesh,
+        value_of: ValueOf,
+        placements: Mapping[str, Placement] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         zero = config.hybrid_zero_optimizer
         self.mesh = mesh
@@ -98,30 +96,35 @@ class HybridZero:
         self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
         self.reduce_lane, self.gather_lane = build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
         self.num_updates = 0
-        self._num_micro_batches = self._micro_batch = 0
+        self._num_micro_batches = 0
         self._unread_ok: Tensor | None = None
         self._in_flight: deque[Callable[[], None]] = deque()
 
-        num_shards = mesh.sizes["param"] * mesh.sizes["grad"] * mesh.sizes["optim"]
         tied = config.model.tie_word_embeddings
-        self.units: list[Unit] = []
-        for layout in plan_units(model, num_shards, config.adam.no_decay, tied):
-            parameters = {slot.name: _materialise(model, slot.name, mesh.device) for slot in layout.slots}
-            unit = Unit(
-                layout,
-                parameters,
-                mesh,
-                grad_dtype=layout.dtype if zero.grad_dtype == "model" else torch.float32,
-                moment_dtype=torch_dtype(zero.moment_dtype),
-                split=zero.master == "split",
-            )
-            for slot in layout.slots:
-                unit.fill(slot, value_of(slot.name, slot.shape))
-            if unit.sharded:
-                unit.free()
-            self.units.append(unit)
+        layouts = plan_units(model, _num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
+        self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self._install_hooks(model)
-        logger.info("hybrid zero over %s: %s", mesh.sizes, _in_gib(self.memory()))
+        logger.info("hybrid zero over %s: %s", dict(mesh.dense.sizes), _in_gib(self.memory()))
+
+    def _build_unit(self, model: nn.Module, layout: UnitLayout, zero: HybridZeroConfig, value_of: ValueOf) -> Unit:
+        mesh = self.mesh
+        parameters = {slot.name: _materialise(model, slot.name, mesh.device) for slot in layout.slots}
+        unit = Unit(
+            layout,
+            parameters,
+            mesh.expert if layout.kind == "expert" else mesh.dense,
+            mesh.device,
+            copies=[mesh.group("tensor")] if layout.kind == "copied" else [],
+            grad_dtype=layout.dtype if zero.grad_dtype == "model" else torch.float32,
+            moment_dtype=torch_dtype(zero.moment_dtype),
+            split=zero.master == "split",
+        )
+        for slot in layout.slots:
+            value = value_of(slot.name, slot.placement.shape)
+            unit.fill(slot, value[tuple(slice(*interval) for interval in slot.placement.box)])
+        if unit.sharded:
+            unit.free()
+        return unit
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -134,22 +137,25 @@ class HybridZero:
     def begin_step(self, num_micro_batches: int) -> None:
         """Announces how many micro batches make the step, so that the last one is known by counting."""
         self._read_ok()
-        self._num_micro_batches, self._micro_batch = num_micro_batches, 0
-        self._expect_gradients()
+        self._num_micro_batches = num_micro_batches
+        for unit in self.units:
+            unit.num_complete = unit.num_ended = 0
+            self._expect_gradients(unit)
 
-    def end_backward(self) -> None:
-        """To be called after the backward of each micro batch."""
+    def end_backward(self, modules: Collection[str] | None = None) -> None:
+        """To be called after the backward of each micro batch: of the whole model, or of some `modules` (a stage)."""
         for unit in reversed(self.units):
-            if unit.missing:  # parameters without a gradient this time
-                unit.clear_missing(first=self._micro_batch == 0)
+            if modules is not None and unit.layout.modules[0] not in modules:
+                continue
+            unit.num_ended += 1
+            if unit.num_complete < unit.num_ended:  # parameters without a gradient this time
+                unit.clear_missing()
                 self._on_unit_complete(unit)
             self._drop(unit)
-        self._micro_batch += 1
-        self._expect_gradients()
 
     def step(self, lr: float, beta2: float) -> StepResult:
         """Reduce, update, gather. Nothing changes when the gradient norm is not finite."""
-        assert self._micro_batch == self._num_micro_batches, (self._micro_batch, self._num_micro_batches)
+        assert all(unit.num_ended == self._num_micro_batches for unit in self.units), self._num_micro_batches
         norm = self._reduce()
         ok = norm.isfinite()
         self._update_and_gather(norm, ok, lr, beta2)
@@ -161,7 +167,8 @@ class HybridZero:
         while self._in_flight:
             self._in_flight.popleft()()
         self.wait()
-        return global_norm((unit.owned_grad for unit in self.units), self.mesh) / self.scaler.scale
+        counted = (unit.owned_grad for unit in self.units if unit.counts)
+        return global_norm(counted, self.mesh) / self.scaler.scale
 
     def _update_and_gather(self, norm: Tensor, ok: Tensor, lr: float, beta2: float) -> None:
         scalars = partial(
@@ -215,7 +222,7 @@ class HybridZero:
         for name, indices in users.items():
             module = model.get_submodule(name)
             module.register_forward_pre_hook(partial(self._before_forward, indices))
-            if self.mesh.sizes["param"] > 1:
+            if any(self.units[index].sharded for index in indices):
                 module.register_forward_hook(partial(self._after_forward, indices))
 
     def _before_forward(self, indices: list[int], module: nn.Module, args: Any) -> None:
@@ -262,13 +269,13 @@ class HybridZero:
                 unit.pending.pop(0)()
             unit.free()
 
-    def _expect_gradients(self) -> None:
-        for unit in self.units:
-            unit.missing = {name for name, parameter in unit.parameters.items() if parameter.requires_grad}
+    @staticmethod
+    def _expect_gradients(unit: Unit) -> None:
+        unit.missing = {name for name, parameter in unit.parameters.items() if parameter.requires_grad}
 
     def _on_grad(self, unit: Unit, slot: Slot, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        unit.accumulate(slot, parameter.grad, first=self._micro_batch == 0)
+        unit.accumulate(slot, parameter.grad)
         parameter.grad = None
         unit.missing.discard(slot.name)
         if not unit.missing:
@@ -278,7 +285,9 @@ class HybridZero:
         """All gradients of a unit's micro batch are in: send them, if it is time."""
         self.trace("backward", unit.layout.name)
         self._drop(unit)
-        first, last = self._micro_batch == 0, self._micro_batch + 1 == self._num_micro_batches
+        first, last = unit.first, unit.num_complete + 1 == self._num_micro_batches
+        unit.num_complete += 1
+        self._expect_gradients(unit)
         if not (last or unit.grads_sharded):
             return
         assert unit.incoming is not None
@@ -308,40 +317,36 @@ class HybridZero:
             self._drop(unit)
 
     def full_parameter(self, name: str) -> Tensor:
-        """A copy of one global parameter. Collective: every rank calls it, with the same names in the same order."""
+        """A copy of one global parameter. Collective: every rank that holds a part of it calls it, with the same names
+        in the same order."""
         for unit in self.units:
             for slot in unit.layout.slots:
                 if slot.name == name:
                     self._use(unit)
                     value = unit.view(unit.full, slot).clone()
                     self._drop(unit)
-                    return value
+                    return self._joined(slot, value)
         raise KeyError(name)
 
+    def _joined(self, slot: Slot, part: Tensor) -> Tensor:
+        """The global parameter from the parts of the axis along which it is cut."""
+        placement = slot.placement
+        if placement.axis is None or self.mesh.sizes[placement.axis] == 1:
+            return part
+        dim = next(d for d, (start, stop) in enumerate(placement.box) if stop - start < placement.shape[d])
+        group = self.mesh.group(placement.axis)
+        parts = part.new_empty(group.size() * part.numel())
+        all_gather_into(parts, part.flatten(), group)
+        return torch.cat([chunk.view_as(part) for chunk in parts.chunk(group.size())], dim)
+
     def parameter_names(self) -> list[str]:
-        """Names of all global parameters, in the order of the forward pass."""
+        """Names of the parameters of which this rank holds a part, in the order of the forward pass."""
         return [slot.name for unit in self.units for slot in unit.layout.slots]
 
     def pieces(self) -> list[Piece]:
         """What this rank updates, as boxes of global tensors."""
         self.wait()
-        return [piece for unit in self.units for slot in unit.layout.slots for piece in self._pieces_of(unit, slot)]
-
-    def _pieces_of(self, unit: Unit, slot: Slot) -> Iterator[Piece]:
-        start, stop = unit.owned_start, unit.owned_start + unit.owned.numel()
-        low, high = max(slot.start, start), min(slot.stop, stop)
-        if low >= high:
-            return
-        owner = self.mesh.coordinates["replica"] == 0
-        buffers = {"param": unit.owned, "exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
-        for box, first, last in boxes_of_interval(slot.shape, low - slot.start, high - slot.start):
-            place, shape = (first + slot.start - start, last + slot.start - start), box_shape(box)
-            for kind, buffer in buffers.items():
-                part = buffer[slice(*place)].view(shape)
-                yield Piece(slot.name, kind, slot.shape, box, owner, partial(_identity, part), partial(_copy_to, part))
-            if unit.layout.dtype != torch.float32:
-                read = partial(_read_master, unit, place, shape)
-                yield Piece(slot.name, "master", slot.shape, box, owner, read, partial(_write_master, unit, place))
+        return [piece for unit in self.units for slot in unit.layout.slots for piece in pieces_of(unit, slot)]
 
     def loaded(self, kinds: Iterable[str]) -> None:
         """To be called after pieces were written: makes masters and parameters of all ranks agree. Collective."""
@@ -371,6 +376,14 @@ class HybridZero:
         return total
 
 
+def _num_shards(mesh: Mesh) -> dict[Kind, int]:
+    """Into how many parts buffers of each kind are cut."""
+    dense, expert = (
+        prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)
+    )
+    return {"dense": dense, "copied": dense, "expert": expert}
+
+
 def _weakly_on_grad(engine: "weakref.ref[HybridZero]", index: int, slot: Slot, parameter: Tensor) -> None:
     # A hook on a tensor is held where the garbage collector can't see it: with a strong reference here, neither the
     # engine's memory nor its process groups would ever be freed.
@@ -387,22 +400,6 @@ def _materialise(model: nn.Module, name: str, device: torch.device) -> nn.Parame
     new = nn.Parameter(torch.empty(0, dtype=old.dtype, device=device), requires_grad=old.requires_grad)
     setattr(module, attribute, new)
     return new
-
-
-def _read_master(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-    return unit.read_master(*place).view(shape)
-
-
-def _write_master(unit: Unit, place: tuple[int, int], value: Tensor) -> None:
-    unit.write_master(*place, value.to(unit.owned.device, torch.float32).reshape(-1))
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _copy_to(target: Tensor, value: Tensor) -> None:
-    target.copy_(value)
 
 
 def _no_trace(event: str, unit: str) -> None:

@@ -9,16 +9,17 @@ Every buffer is a part of the same line of elements, cut ever finer along the ax
     owned   [size / os]  what this rank updates: a view of `shard`, beside it masters and moments of the same length
 
 The param axis cuts first, then grad, then optim. So a reduce-scatter along each axis in turn arrives at the owned part,
-and an all-gather along each axis in reverse returns from it, always in place.
+and an all-gather along each axis in reverse returns from it, always in place. Ranks outside these axes that hold copies
+of the unit add their gradients to the owned part at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from internlm.core.collectives import all_gather_, all_gather_into, all_reduce_, own_chunk, reduce_scatter_
-from internlm.core.mesh import Mesh
+from internlm.core.mesh import Axes, Group
 from internlm.ops.adamw import join_master, round_to, split_master
 from internlm.solver.buckets import Slot, UnitLayout
 
@@ -30,23 +31,25 @@ class Unit:
         self,
         layout: UnitLayout,
         parameters: dict[str, nn.Parameter],
-        mesh: Mesh,
+        axes: Axes,
+        device: torch.device,
         *,
+        copies: Sequence[Group],
         grad_dtype: torch.dtype,
         moment_dtype: torch.dtype,
         split: bool,
     ) -> None:
         self.layout = layout
         self.parameters = parameters
-        self.mesh = mesh
-        self.param_group, self.grad_group = mesh.group("param"), mesh.group("grad")
-        self.optim_group, self.replica_group = mesh.group("optim"), mesh.group("replica")
-        p, g = mesh.sizes["param"], mesh.sizes["param"] * mesh.sizes["grad"]
+        self.param_group, self.grad_group = axes.group("param"), axes.group("grad")
+        self.optim_group = axes.group("optim")
+        self.copies = (axes.group("replica"), *copies)  # who updates the same part of the same parameters
+        self.counts = all(group.rank() == 0 for group in self.copies)  # the one that norms and checkpoints count
+        p, g = axes.sizes["param"], axes.sizes["param"] * axes.sizes["grad"]
         self.sharded = p > 1
         self.grads_sharded = g > 1
         self.grad_dtype = grad_dtype
 
-        device = mesh.device
         self.full = torch.zeros(layout.size, dtype=layout.dtype, device=device)
         self.shard = torch.zeros(layout.size // p, dtype=layout.dtype, device=device) if self.sharded else self.full
         self.owned = own_chunk(own_chunk(self.shard, self.grad_group), self.optim_group)
@@ -63,6 +66,8 @@ class Unit:
         # Gradients of the running micro batch: `grads` itself, or a whole buffer that lives until it is reduced.
         self.incoming: Tensor | None = None if self.grads_sharded else self.grads
         self.missing: set[str] = set()
+        self.num_complete = 0  # micro batches of this step whose gradients are all in
+        self.num_ended = 0  # micro batches of this step whose backward is over
         self.pending: list[Callable[[], None]] = []  # transfers to wait for before the parameters are read
         self.present = not self.sharded
         self.stale = False  # parameters of others were updated, and have not been gathered yet
@@ -84,7 +89,7 @@ class Unit:
     # -- parameters ---------------------------------------------------------------------------------------------
 
     def fill(self, slot: Slot, value: Tensor) -> None:
-        """Takes a global parameter's value (fp32): this rank's part of it, and of its master."""
+        """Takes a parameter's value (fp32) [slot.shape]: this rank's part of it, and of its master."""
         flat = value.reshape(-1)
         shard_start = self.shard.numel() * self.param_group.rank()
         for buffer, start in ((self.shard, shard_start), (self.master, self.owned_start)):
@@ -124,19 +129,26 @@ class Unit:
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
-    def accumulate(self, slot: Slot, grad: Tensor, first: bool) -> None:
-        """Adds a parameter's gradient of this micro batch; `first` of the step."""
+    @property
+    def first(self) -> bool:
+        """Whether the gradients that arrive now are of the step's first micro batch."""
+        return self.num_complete == 0
+
+    def accumulate(self, slot: Slot, grad: Tensor) -> None:
+        """Adds a parameter's gradient of this micro batch."""
         if self.incoming is None:
             self.incoming = torch.zeros(self.layout.size, dtype=self.grad_dtype, device=grad.device)
+        if slot.placement.grad_scale != 1:
+            grad = grad * slot.placement.grad_scale
         target = self.view(self.incoming, slot)
-        if first or self.grads_sharded:
+        if self.first or self.grads_sharded:
             target.copy_(grad)
         else:
             target.add_(grad)
 
-    def clear_missing(self, first: bool) -> None:
+    def clear_missing(self) -> None:
         """Parameters that this micro batch did not use: their gradient is zero, not that of the step before."""
-        if first and not self.grads_sharded:
+        if self.first and not self.grads_sharded:
             for slot in self.layout.slots:
                 if slot.name in self.missing:
                     self.view(self.grads, slot).zero_()
@@ -145,7 +157,7 @@ class Unit:
         self.missing.clear()
 
     def reduce(self, incoming: Tensor, first: bool, last: bool) -> None:
-        """Reduce-scatter over param and grad each micro batch; over optim, then sum over replica, on the last."""
+        """Reduce-scatter over param and grad each micro batch; over optim, then sum over all copies, on the last."""
         if self.grads_sharded:
             part = reduce_scatter_(reduce_scatter_(incoming, self.param_group), self.grad_group)
             if first:
@@ -153,7 +165,9 @@ class Unit:
             else:
                 self.grads.add_(part)
         if last:
-            all_reduce_(reduce_scatter_(self.grads, self.optim_group), self.replica_group)
+            owned = reduce_scatter_(self.grads, self.optim_group)
+            for group in self.copies:
+                all_reduce_(owned, group)
 
     @property
     def owned_grad(self) -> Tensor:

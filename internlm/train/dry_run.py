@@ -12,7 +12,7 @@ import torch
 from internlm.config.schema import Config, ModelConfig, Section
 from internlm.core.mesh import zero_sizes
 from internlm.model.transformer import build_model
-from internlm.solver.buckets import UnitLayout, plan_units
+from internlm.solver.buckets import Kind, UnitLayout, plan_units
 from internlm.utils.device import torch_dtype
 
 GIB = 2**30
@@ -70,7 +70,10 @@ def memory_per_rank(config: Config, world_size: int) -> Memory:
 
 
 def _plan(config: Config, os: int) -> list[UnitLayout]:
-    return plan_units(build_model(config, device="meta"), os, config.adam.no_decay, config.model.tie_word_embeddings)
+    shards: dict[Kind, int] = {"dense": os, "copied": os, "expert": os}
+    return plan_units(
+        build_model(config, device="meta"), shards, config.adam.no_decay, config.model.tie_word_embeddings
+    )
 
 
 def _grad_dtype(config: Config, layout: UnitLayout) -> torch.dtype:

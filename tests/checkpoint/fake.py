@@ -15,7 +15,7 @@ from internlm.config.schema import Config, ParallelConfig
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.core.placement import box_shape, boxes_of_interval
-from internlm.solver.hybrid_zero import Piece
+from internlm.solver.pieces import Piece
 from internlm.train.metrics import StepReport
 from internlm.train.state import TrainState
 

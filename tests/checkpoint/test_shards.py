@@ -15,7 +15,7 @@ from internlm.checkpoint.shards import ShardIndex, file_of, key_of, parse_key
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import write_tensors
 from internlm.core.placement import Box, box_shape, boxes_of_interval
-from internlm.solver.hybrid_zero import Piece
+from internlm.solver.pieces import Piece
 from internlm.utils.errors import UserError
 
 SHAPE = (5, 3, 4)

@@ -3,7 +3,7 @@ import torch
 
 from internlm.config.schema import ParallelConfig
 from internlm.core.launch import World
-from internlm.core.mesh import AXES, build_mesh
+from internlm.core.mesh import ZERO_AXES, build_mesh
 from tests.pool import run_ranks
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ def sizes(p: int, g: int, os: int) -> ParallelConfig:
 
 def members(rank: int, world_size: int, p: int, g: int, os: int) -> dict[str, list[int]]:
     mesh = build_mesh(sizes(p, g, os), World(rank, rank, world_size, CPU))
-    return {axis: torch.distributed.get_process_group_ranks(mesh.group(axis)) for axis in AXES}
+    return {axis: torch.distributed.get_process_group_ranks(mesh.dense.group(axis)) for axis in ZERO_AXES}
 
 
 def test_axes_are_nested_with_param_innermost() -> None:

@@ -108,7 +108,7 @@ def build_engine(config: Config, mesh: Mesh, trace: Trace | None = None) -> tupl
     def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
         return initial_value(name, shape, config.model, config.seed)
 
-    return model, HybridZero(model, config, mesh, value_of, *([trace] if trace else []))
+    return model, HybridZero(model, config, mesh, value_of, trace=trace)
 
 
 def train_step(model: Transformer, engine: HybridZero, mesh: Mesh, step: int, accumulation: int) -> tuple[float, float]:
