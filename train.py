@@ -21,6 +21,7 @@ from internlm.model.transformer import build_model
 from internlm.monitor.monitor import Monitor
 from internlm.monitor.profiler import traced
 from internlm.parallel.parallelize import parallelize
+from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train import dry_run
 from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, start_logging, user_errors
@@ -44,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.manual_seed(seed_of(config.seed, f"rank {world.rank}"))
         mesh = build_mesh(config.parallel, world)
         model = build_model(config)
-        parallelize(model, config)
-        optimizer = HybridZero(model, config, mesh, partial(initial_value, config=config.model, seed=config.seed))
+        placements = parallelize(model, config, mesh)
+        initial = partial(initial_value, config=config.model, seed=config.seed)
+        optimizer = HybridZero(model, config, mesh, initial, placements)
+        schedule = build_schedule(model, optimizer, config, mesh)
 
         state = TrainState()
         checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
         valid_loaders = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
 
-        trainer = Trainer(model, optimizer, train_loader, state, config, mesh, valid_loaders)
+        trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders)
         reports = trainer.steps()
         if args.profiling:
             reports = traced(reports, run_dir / "traces", world.rank)

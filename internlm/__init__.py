@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from internlm.model.transformer import build_model
     from internlm.monitor.monitor import Monitor
     from internlm.parallel.parallelize import parallelize
+    from internlm.parallel.schedule import build_schedule
     from internlm.solver.hybrid_zero import HybridZero
     from internlm.train.evaluate import evaluate
     from internlm.train.state import TrainState
@@ -34,6 +35,7 @@ _ROOMS = {
     "parallelize": "parallel.parallelize",
     "initial_value": "model.init",
     "HybridZero": "solver.hybrid_zero",
+    "build_schedule": "parallel.schedule",
     "build_train_loader": "data.loader",
     "build_valid_loaders": "data.loader",
     "TrainState": "train.state",
@@ -54,6 +56,7 @@ __all__ = [  # noqa: RUF022 (the order of a script)
     "parallelize",
     "initial_value",
     "HybridZero",
+    "build_schedule",
     "build_train_loader",
     "build_valid_loaders",
     "TrainState",

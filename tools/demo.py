@@ -137,13 +137,13 @@ def held_out_perplexity(config: Config, run_dir: Path) -> float:
     with internlm.launch() as world:
         mesh = internlm.build_mesh(config.parallel, world)
         model = internlm.build_model(config)
-        internlm.parallelize(model, config)
+        placements = internlm.parallelize(model, config, mesh)
         value_of = partial(internlm.initial_value, config=config.model, seed=config.seed)
-        optimizer = internlm.HybridZero(model, config, mesh, value_of)
+        optimizer = internlm.HybridZero(model, config, mesh, value_of, placements)
         checkpointer = internlm.Checkpointer(config, run_dir, optimizer, internlm.TrainState(), mesh)
         checkpointer.resume()
         (loader,) = internlm.build_valid_loaders(config, mesh.dp_rank, mesh.dp_size).values()
-        report = internlm.evaluate(model, loader, mesh)
+        report = internlm.evaluate(internlm.build_schedule(model, optimizer, config, mesh), loader, mesh)
         checkpointer.close()
     console.print(f"held-out perplexity {report.perplexity:.1f} over {report.num_tokens} tokens")
     return report.perplexity

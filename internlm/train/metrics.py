@@ -58,7 +58,7 @@ def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> BatchCount
     extremes = [max(row.segments.max_length for row in rows), max(samples), -min(samples)]
     mine = torch.tensor(sums + extremes, dtype=torch.float64, device=mesh.device)
     gathered = mine.new_empty(mesh.dp_size, mine.numel())  # [ranks, facts]
-    dist.all_gather(list(gathered.unbind()), mine, group=mesh.world_group)
+    dist.all_gather(list(gathered.unbind()), mine, group=mesh.group("data"))
     everyone = gathered.cpu()
     trained, tokens, segments, *flop_sums = everyone[:, : len(sums)].sum(0).tolist()
     longest, most, fewest = everyone[:, len(sums) :].amax(0).tolist()
@@ -93,6 +93,16 @@ class StepTotals:
     types: dict[str, TypeMetrics]
 
 
+def sum_over_tokens_(sums: Tensor, mesh: Mesh) -> None:
+    """Adds up what ranks counted of different tokens, in place, for all ranks to know.
+
+    Ranks of a tensor group count the same tokens; stages of a pipeline before the last have counted none.
+    """
+    if mesh.coordinates["tensor"] > 0:
+        sums.zero_()
+    dist.all_reduce(sums, group=mesh.world_group)
+
+
 class StepSums:
     """Accumulates the sums of a step on the device, in float64, without ever waiting for it."""
 
@@ -114,7 +124,7 @@ class StepSums:
     def reduce(self, mesh: Mesh, *more: Tensor) -> tuple[StepTotals, list[float]]:
         """Sums over the data ranks, and the scalars `more` as they are, in the one transfer to the host of a step."""
         packed = torch.cat((self._all, self._types.flatten()))
-        dist.all_reduce(packed, group=mesh.world_group)
+        sum_over_tokens_(packed, mesh)
         values = torch.cat((packed, *(scalar.detach().double().reshape(1) for scalar in more))).tolist()
         size = len(self.type_names)
         rows = (values[3 + row * size : 3 + (row + 1) * size] for row in range(3))

@@ -7,7 +7,7 @@ from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.data.loader import StepBatch, TrainLoader, ValidLoader
 from internlm.model.batch import Batch
-from internlm.model.transformer import Transformer
+from internlm.parallel.schedule import Schedule
 from internlm.solver.hybrid_zero import HybridZero, StepResult
 from internlm.solver.schedules import beta2_at, lr_at
 from internlm.train.evaluate import evaluate
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 class Trainer:
-    """Trains `model` on the batches of `train_loader`, one optimizer step each.
+    """Trains on the batches of `train_loader`, one optimizer step each.
 
     The loader starts at `state.batch_count`; `state` advances before a report is yielded, so whoever stores it then
     stores a step that is done. Every rank makes a trainer and runs the same steps.
@@ -29,7 +29,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Transformer,
+        schedule: Schedule,
         optimizer: HybridZero,
         train_loader: TrainLoader,
         state: TrainState,
@@ -37,7 +37,7 @@ class Trainer:
         mesh: Mesh,
         valid_loaders: Mapping[str, ValidLoader],
     ) -> None:
-        self.model, self.optimizer, self.state, self.config, self.mesh = model, optimizer, state, config, mesh
+        self.schedule, self.optimizer, self.state, self.config, self.mesh = schedule, optimizer, state, config, mesh
         self.train_loader, self.valid_loaders = train_loader, valid_loaders
         self.peak_flops = peak_flops(mesh.device, torch_dtype(config.model.dtype))
         self._fwd_bwd = DeviceTimer(mesh.device)
@@ -56,7 +56,7 @@ class Trainer:
 
     def validate(self) -> tuple[ValidReport, ...]:
         """Evaluate on every validation set."""
-        return tuple(evaluate(self.model, loader, self.mesh) for loader in self.valid_loaders.values())
+        return tuple(evaluate(self.schedule, loader, self.mesh) for loader in self.valid_loaders.values())
 
     def _step(self, batch: StepBatch, timer: Timer) -> StepReport:
         if batch.skipped:
@@ -124,15 +124,9 @@ class Trainer:
     def _forward_backward(self, batch: StepBatch, counts: BatchCounts, loss_scale: float) -> StepSums:
         """Accumulate the gradients of all micro batches; the engine sums them over the data ranks."""
         sums = StepSums(self.train_loader.type_names, self.mesh.device)
-        num_micro = len(batch.micro_batches)
+        rows = batch.micro_batches
         self._fwd_bwd.start()
-        self.optimizer.begin_step(num_micro)
-        for row in batch.micro_batches:
-            micro = row.to(self.mesh.device)
-            output = self.model.loss(micro, self.config.loss.label_smoothing)
-            sums.add(output, micro)
-            (output.loss_sum * (self._weight(row, counts, num_micro) * loss_scale)).backward()
-            self.optimizer.end_backward()
+        self.schedule.train(rows, [self._weight(row, counts, len(rows)) * loss_scale for row in rows], sums.add)
         self._fwd_bwd.stop()
         return sums
 

@@ -20,6 +20,8 @@ from internlm.core.random import seed_of
 from internlm.data.loader import build_train_loader
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
+from internlm.parallel.parallelize import parallelize
+from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
@@ -67,15 +69,18 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
     torch.manual_seed(seed_of(config.seed, f"rank {rank}"))
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, torch.device("cpu")))
     model = build_model(config)
-    optimizer = HybridZero(model, config, mesh, partial(initial_value, config=config.model, seed=config.seed))
+    placements = parallelize(model, config, mesh)
+    initial = partial(initial_value, config=config.model, seed=config.seed)
+    optimizer = HybridZero(model, config, mesh, initial, placements)
+    schedule = build_schedule(model, optimizer, config, mesh)
     state = TrainState()
     checkpointer = Checkpointer(config, folder, optimizer, state, mesh)
     checkpointer.resume()
     seen: dict[str, list[Any]] = {"losses": [], "norms": [], "scales": [], "samples": [], "random": []}
     if stop_at != state.batch_count:
-        loader = build_train_loader(config, rank, world_size, start_batch=state.batch_count)
-        samples = build_train_loader(config, rank, world_size, start_batch=state.batch_count).row_numbers()
-        for report in Trainer(model, optimizer, loader, state, config, mesh, {}).steps():
+        loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
+        samples = build_train_loader(config, mesh.dp_rank, mesh.dp_size, state.batch_count).row_numbers()
+        for report in Trainer(schedule, optimizer, loader, state, config, mesh, {}).steps():
             seen["losses"].append(report.loss)
             seen["norms"].append(report.grad_norm.hex())  # as text: nan is not equal to itself
             seen["scales"].append(report.loss_scale)
@@ -91,7 +96,9 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
 def resave(rank: int, world_size: int, config: Config, source: Path, target: Path) -> None:
     """Loads everything from the checkpoint `source` on this layout and saves it under `target`."""
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, torch.device("cpu")))
-    optimizer = HybridZero(build_model(config), config, mesh, lambda name, shape: torch.full(shape, 7.0))
+    model = build_model(config)
+    placements = parallelize(model, config, mesh)
+    optimizer = HybridZero(model, config, mesh, lambda name, shape: torch.full(shape, 7.0), placements)
     load = {"load_ckpt_info": {"path": str(source), "content": ("all",)}}
     config = Config.model_validate({**config.model_dump(), "ckpt": load})
     checkpointer = Checkpointer(config, target, optimizer, TrainState(), mesh)

@@ -14,7 +14,7 @@ def count_calls(rank: int, world_size: int, chain: Chain, fraction: Any) -> tupl
     config = make_config(chain, 0.1, model={"num_layers": 4, "checkpoint": fraction})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
     model, engine = build_engine(config, mesh)
-    parallelize(model, config)
+    parallelize(model, config, mesh)
     calls = [0]
 
     def count(*_: Any) -> None:

@@ -192,7 +192,7 @@ def validate(rank: int, world_size: int) -> tuple[list[StepReport], list[bool]]:
     reports, training = [], []
     for report in trainer.steps():
         reports.append(report)
-        training.append(trainer.model.training)
+        training.append(trainer.schedule.model.training)
     return reports, training
 
 

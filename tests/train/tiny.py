@@ -16,6 +16,8 @@ from internlm.data.loader import StepBatch
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.init import initial_value, initialize
 from internlm.model.transformer import Transformer, build_model
+from internlm.parallel.parallelize import parallelize
+from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
@@ -103,9 +105,11 @@ def make_trainer(
     mesh: Mesh = build_mesh(config.parallel, World(rank, rank, world_size, torch.device("cpu")))
     model = build_model(config)
     initial = partial(initial_value, config=config.model, seed=config.seed)
-    engine = HybridZero(model, config, mesh, value_of or initial)
+    placements = parallelize(model, config, mesh)
+    engine = HybridZero(model, config, mesh, value_of or initial, placements)
     loader: Any = ListLoader(batches, list(type_names))
-    return Trainer(model, engine, loader, TrainState(), config, mesh, valid_loaders or {})
+    schedule = build_schedule(model, engine, config, mesh)
+    return Trainer(schedule, engine, loader, TrainState(), config, mesh, valid_loaders or {})
 
 
 def parameters_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""The order of forward and backward passes of a step's micro batches."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+from internlm.config.schema import Config
+from internlm.core.mesh import Mesh
+from internlm.model.batch import Batch
+from internlm.model.transformer import Transformer
+from internlm.ops.cross_entropy import LossOutput
+from internlm.parallel.sequence import own_part
+
+# Told of the loss of each micro batch, on the ranks that compute it: (output, the part of the row that it is of).
+OnLoss = Callable[[LossOutput, Batch], None]
+
+
+class GradientEngine(Protocol):
+    """What a schedule tells the optimizer."""
+
+    def begin_step(self, num_micro_batches: int) -> None: ...
+
+    def end_backward(self, modules: Collection[str] | None = None) -> None: ...
+
+
+class Schedule(Protocol):
+    """Runs micro batches through the model, on all ranks together."""
+
+    def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
+        """Forward and backward of each row's summed loss times its weight."""
+        ...
+
+    def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
+        """Forward of one row, without gradients."""
+        ...
+
+    def eval_mode(self, on: bool) -> None:
+        """Puts the model in eval mode, or back."""
+        ...
+
+
+class Accumulation:
+    """One micro batch after the other; gradients add up. What there is without a pipeline."""
+
+    def __init__(self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> None:
+        self.model, self.engine, self.mesh = model, engine, mesh
+        self.label_smoothing = config.loss.label_smoothing
+
+    def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
+        self.engine.begin_step(len(rows))
+        for row, weight in zip(rows, weights, strict=True):
+            part = own_part(row, self.mesh).to(self.mesh.device)
+            output = self.model.loss(part, self.label_smoothing)
+            on_loss(output, part)
+            (output.loss_sum * weight).backward()
+            self.engine.end_backward()
+
+    def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
+        part = own_part(row, self.mesh).to(self.mesh.device)
+        on_loss(self.model.loss(part), part)
+
+    def eval_mode(self, on: bool) -> None:
+        self.model.train(not on)
+
+
+def build_schedule(model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> Schedule:
+    """The schedule that `parallel.pipeline` asks for."""
+    return Accumulation(model, engine, config, mesh)
