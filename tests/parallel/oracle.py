@@ -1,0 +1,145 @@
+"""Any layout against one rank: the same rows, five steps by the trainer, every loss, norm and parameter compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.config.schema import Config
+from internlm.core.launch import World
+from internlm.core.mesh import build_mesh
+from internlm.data.loader import StepBatch
+from internlm.model.batch import IGNORE_INDEX, Batch, Segments
+from internlm.model.init import initial_value
+from internlm.model.transformer import build_model
+from internlm.parallel.parallelize import parallelize
+from internlm.parallel.schedule import build_schedule
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.state import TrainState
+from internlm.train.trainer import Trainer
+from tests.pool import run_ranks
+from tests.train.tiny import ListLoader
+
+STEPS = 5
+ROWS, ROW_LENGTH, VOCAB = 8, 32, 64  # rows of a global batch: divisible by 8 data ranks, or 4 micro batches for 2
+CPU = torch.device("cpu")
+RELATIVE = 1e-5
+
+DENSE: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "vocab_size": VOCAB,
+    "num_attention_heads": 4,
+    "num_kv_attention_heads": 4,
+    "intermediate_size": 48,
+    "qkv_bias": False,
+    "out_bias": True,
+    "dtype": "torch.float32",
+}
+
+
+def make_config(parallel: dict[str, Any] | None = None, **sections: Any) -> Config:
+    """A tiny dense model in fp32 with clipping that always acts; `sections` are laid over it.
+
+    There is no bias on keys: its gradient is zero but for rounding, and Adam would make steps of that noise.
+    """
+    return Config.model_validate(
+        {
+            "model_type": sections.get("model_type", "LLAMA2"),
+            "model": {**DENSE, **sections.get("model", {})},
+            "data": {"seq_len": ROW_LENGTH, "total_steps": 100, **sections.get("data", {})},
+            "parallel": parallel or {},
+            "adam": {"lr": 1e-3, "weight_decay": 0.1},
+            "lr_scheduler": {"type": "constant"},
+            "hybrid_zero_optimizer": {"clip_grad_norm": 0.5, **sections.get("hybrid_zero_optimizer", {})},
+            **{key: value for key, value in sections.items() if key in ("loss", "use_fp32_norm", "grad_scaler")},
+        }
+    )
+
+
+def random_row(generator: torch.Generator) -> Batch:
+    """A packed row of random tokens in documents of random lengths, one-token and whole-row ones included."""
+    lengths: list[int] = []
+    while sum(lengths) < ROW_LENGTH:
+        longest = ROW_LENGTH - sum(lengths)
+        drawn = int(torch.randint(1, ROW_LENGTH + 8, (), generator=generator))
+        lengths.append(min(drawn, longest))
+    tokens = torch.randint(VOCAB, (ROW_LENGTH,), generator=generator)
+    labels = torch.randint(VOCAB, (ROW_LENGTH,), generator=generator)
+    labels[torch.rand(ROW_LENGTH, generator=generator) < 0.3] = IGNORE_INDEX
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Batch(tokens, labels, positions, Segments.of(tuple(lengths)), None, int((labels != IGNORE_INDEX).sum()))
+
+
+def global_batch(step: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(step)
+    return [random_row(generator) for _ in range(ROWS)]
+
+
+@dataclass
+class Run:
+    """What a few steps of training gave."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # global ones, of which this rank holds a part
+
+
+def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[int]) -> Trainer:
+    """As train.py builds it, with the rows of `global_batch` dealt to the data ranks."""
+    mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
+    model = build_model(config)
+    placements = parallelize(model, config, mesh)
+    initial = partial(initial_value, config=config.model, seed=config.seed)
+    engine = HybridZero(model, config, mesh, initial, placements)
+    schedule = build_schedule(model, engine, config, mesh)
+    batches = [
+        StepBatch(step, global_batch(step)[mesh.dp_rank :: mesh.dp_size], num_rows=ROWS, skipped=False)
+        for step in steps
+    ]
+    loader: Any = ListLoader(batches)
+    return Trainer(schedule, engine, loader, TrainState(), config, mesh, {})
+
+
+def train(rank: int, world_size: int, config: Config) -> Run:
+    """Five steps on this rank of the process group."""
+    trainer = build_trainer(rank, world_size, config, range(STEPS))
+    run = Run()
+    for report in trainer.steps():
+        run.losses.append(report.loss)
+        run.norms.append(report.grad_norm)
+    engine = trainer.optimizer
+    run.parameters = {name: engine.full_parameter(name) for name in engine.parameter_names()}
+    return run
+
+
+@cache
+def _one_rank(config_json: str) -> Run:
+    return run_ranks(1, train, Config.model_validate_json(config_json))[0]
+
+
+def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
+    """Trains on `world_size` ranks and on one, and asserts that they agree.
+
+    All ranks must tell the same losses and norms; every global parameter must be somewhere, and agree with one rank's
+    wherever it is.
+    """
+    model = {**sections.get("model", {}), "checkpoint": False}
+    alone = make_config(None, **{**sections, "model": model})
+    expected = _one_rank(alone.model_dump_json())
+    runs: list[Run] = run_ranks(world_size, train, make_config(parallel, **sections))
+    seen: set[str] = set()
+    for rank, run in enumerate(runs):
+        for what, found, wanted in (("loss", run.losses, expected.losses), ("norm", run.norms, expected.norms)):
+            for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
+                assert abs(a - b) <= RELATIVE * abs(b), (parallel, rank, what, step, a, b)
+        for name, value in run.parameters.items():
+            wanted_value = expected.parameters[name]
+            assert value.shape == wanted_value.shape, (parallel, rank, name)
+            error = float((value - wanted_value).abs().max() / wanted_value.abs().max())
+            assert error <= RELATIVE, (parallel, rank, name, error)
+            seen.add(name)
+    assert seen == set(expected.parameters), set(expected.parameters) - seen
