@@ -15,7 +15,7 @@ from internlm.model.transformer import Transformer
 from internlm.utils.device import default_device
 from internlm.utils.errors import UserError
 
-_PREFILL = 512  # prompt tokens per row and call: bounds the logits that a long prompt makes and nobody reads
+_PREFILL = 512  # prompt tokens per row and call: bounds the attention scores of a long prompt
 
 
 def load_model(
@@ -108,7 +108,7 @@ def _stream(
             return
         seen.scatter_(1, chosen[:, None], True)
         num_new = torch.tensor(running, dtype=torch.int64).to(weight.device, non_blocking=True)
-        logits = model.decode(chosen[:, None], cache, num_new)[:, 0]
+        logits = model.decode(chosen[:, None], cache, num_new)
 
 
 def _prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -117,8 +117,7 @@ def _prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor
     for start in range(0, tokens.shape[1], _PREFILL):
         chunk = tokens[:, start : start + _PREFILL]
         num_new = (lengths - start).clamp(0, chunk.shape[1])
-        logits = model.decode(chunk, cache, num_new)
-        here = logits[torch.arange(len(lengths), device=lengths.device), (num_new - 1).clamp(min=0)]
+        here = model.decode(chunk, cache, num_new)
         last = here if start == 0 else torch.where(num_new[:, None] > 0, here, last)
     return last
 

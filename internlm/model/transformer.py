@@ -66,10 +66,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
-        """Logits [batch, new, vocab] of new tokens int64 [batch, new] that continue the rows of `cache`.
+        """Logits [batch, vocab] behind the last of the new tokens int64 [batch, new] that continue the rows of `cache`.
 
         The tokens are appended to the cache. Rows shorter than `new` are padded on the right with any valid id:
-        `num_new` int64 [batch] counts the real tokens of each row, and logits of the padding mean nothing.
+        `num_new` int64 [batch] counts the real tokens of each row; logits of a row without any mean nothing.
         """
         places = cache.places(tokens.shape[1])
         x = self.embedding(tokens.flatten())
@@ -77,7 +77,9 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, None, cache.layer(index, places))
         cache.advance(tokens.shape[1], num_new)
-        return self.head(x, self._tied_weight()).unflatten(0, tokens.shape)
+        rows = torch.arange(len(tokens), device=x.device)
+        last = tokens.shape[1] - 1 if num_new is None else (num_new - 1).clamp(min=0)
+        return self.head(x.unflatten(0, tokens.shape)[rows, last], self._tied_weight())
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Output of the last block [tokens, hidden]."""
