@@ -97,7 +97,7 @@ def _stream(
     generator = torch.Generator(weight.device).manual_seed(seed)
     stops = set(stop_ids)
 
-    logits = _prefill(model, cache, tokens, lengths)
+    logits = prefill(model, cache, tokens, lengths)
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
         chosen = sampling.choose(logits, seen, generator)
@@ -111,7 +111,7 @@ def _stream(
         logits = model.decode(chosen[:, None], cache, num_new)
 
 
-def _prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor) -> Tensor:
+def prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Feed right-padded prompts [batch, longest]; the logits [batch, vocab] behind each row's last token."""
     last = torch.empty(0)
     for start in range(0, tokens.shape[1], _PREFILL):
@@ -123,14 +123,18 @@ def _prefill(model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    vocab = model.config.vocab_size
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts:
         raise UserError("there is no prompt")
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty; begin it with the bos token")
-        wrong = [token for token in prompt if not 0 <= token < vocab]
-        if wrong:
-            raise UserError(f"prompt {number} holds token id {wrong[0]}, the model has ids 0 to {vocab - 1}")
+        check_prompt(prompt, model.config.vocab_size, f"prompt {number}")
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, name: str = "the prompt") -> None:
+    """Raises UserError for an empty prompt and for ids beyond the vocabulary."""
+    if not len(prompt):
+        raise UserError(f"{name} is empty; begin it with the bos token")
+    wrong = [token for token in prompt if not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"{name} holds token id {wrong[0]}, the model has ids 0 to {vocab_size - 1}")

@@ -67,6 +67,15 @@ class KVCache:
         self.lengths = self.lengths + (num_tokens if num_new is None else num_new)
         self.longest += num_tokens
 
+    def put(self, row: int, source: "KVCache") -> None:
+        """Row `row` becomes the only row of `source`."""
+        assert len(source.lengths) == 1 and source.longest <= self.max_length
+        for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            for index, values in enumerate(theirs):
+                mine[index][row, : source.longest] = values[0, : source.longest]
+        self.lengths[row] = source.lengths[0]
+        self.longest = max(self.longest, source.longest)
+
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was: reorders, repeats or drops rows, as beam search needs."""
         self.lengths = self.lengths[rows]
