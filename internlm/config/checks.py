@@ -6,9 +6,9 @@ keys, their values, the arithmetic, and what to change.
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
+from internlm.config.layout import find_layout_problems
 from internlm.config.schema import Config
 from internlm.utils.errors import UserError
 
@@ -33,7 +33,7 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 def find_problems(config: Config, world_size: int | None = None) -> list[str]:
     found = [problem for one in CHECKS for problem in one(config)]
-    return found + list(zero_sizes(config, world_size))
+    return found + find_layout_problems(config, world_size)
 
 
 def is_local(path: str) -> bool:
@@ -129,43 +129,6 @@ def schedule(config: Config) -> Problems:
         yield "adam.adam_beta1, adam.adam_beta2 and beta2_scheduler.init_beta2 must be below 1"
 
 
-def unavailable(config: Config) -> Problems:
-    for axis in ("tensor", "pipeline"):
-        size = getattr(config.parallel, axis).size
-        if size != 1:
-            yield f"parallel.{axis}.size = {size}: {axis} parallel is not available yet; set 1"
-
-
-def zero_sizes(config: Config, world_size: int | None) -> Problems:
-    """The divisor chain p | g | os | dp; -1 stands for dp, which is unknown without a world size."""
-    parallel = config.parallel
-    chain: list[tuple[str, int]] = []
-    for key in ("weight", "gradient", "zero1"):
-        size = getattr(parallel, key).size
-        if size < 1 and size != -1:
-            yield f"parallel.{key}.size = {size}: expected a number of ranks, or -1 for all data ranks"
-            return
-        if size != -1:
-            chain.append((f"parallel.{key}.size", size))
-        elif world_size is not None:
-            chain.append((f"parallel.{key}.size", world_size))
-        elif key != "zero1" and parallel.zero1.size != -1:
-            os = parallel.zero1.size
-            yield f"parallel.{key}.size = -1 is all data ranks, but parallel.zero1.size = {os}; set that to -1 too"
-    if world_size is not None:
-        tensor, pipeline = parallel.tensor.size, parallel.pipeline.size
-        chain.append(
-            (f"the data-parallel size (world {world_size} / tensor {tensor} / pipeline {pipeline})", world_size)
-        )
-    for (inner, a), (outer, b) in pairwise(chain):
-        if b % a:
-            divisors = ", ".join(str(n) for n in range(1, b + 1) if b % n == 0)
-            yield (
-                f"{inner} = {a} does not divide {outer} = {b} ({b} = {b // a} * {a} + {b % a}); sizes form a chain "
-                f"weight | gradient | zero1 | data ranks. Set {inner} to one of {divisors}"
-            )
-
-
 def checkpoints(config: Config) -> Problems:
     ckpt = config.ckpt
     if ckpt.stop_file_path and not ckpt.enable_save_ckpt:
@@ -233,7 +196,6 @@ CHECKS: tuple[Callable[[Config], Problems], ...] = (
     precision,
     batches,
     schedule,
-    unavailable,
     checkpoints,
     files,
 )

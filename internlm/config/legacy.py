@@ -287,8 +287,8 @@ TABLE: tuple[OldSpelling, ...] = (
     ),
     renamed("model.adapt_hf", "model.qk_interleaved", lambda value: not value, " = not value"),
     dropped("model.num_chunks", "no pipeline", _is(1), f"pipeline chunks {NOT_YET}; set 1"),
-    dropped("model.embed_split_hidden", "only cut the embedding between tensor ranks"),
-    dropped("model.parallel_output", "only cut the logits between tensor ranks"),
+    dropped("model.embed_split_hidden", "tensor ranks share the embedding by its vocabulary"),
+    dropped("model.parallel_output", "tensor ranks never gather logits"),
     dropped("model.sequence_parallel", "was ignored"),
     dropped("model.use_flash_attn", f"{_AUTOMATIC}; rows are packed either way"),
     dropped("model.mlp_layer_fusion", "always on"),
@@ -342,7 +342,7 @@ TABLE: tuple[OldSpelling, ...] = (
     respelled("parallel.gradient", "an int is the size", _is_int, lambda value: {"size": value}),
     dropped("parallel.pipeline.interleaved_overlap", "no pipeline"),
     dropped("parallel.weight.memory_pool", "memory of gathered parameters is always used again"),
-    dropped("parallel.sequence_parallel", "no tensor parallel", _falsy, f"sequence parallel {NOT_YET}; set False"),
+    dropped("parallel.sequence_parallel", '`parallel.tensor.mode` says it: "msp" cuts the tokens, "mtp" does not'),
     dropped("parallel.gqa", "grouped heads need no group of their own"),
 )
 

@@ -1,5 +1,11 @@
-"""Collectives in place, along one axis. A group of one sends nothing."""
+"""Collectives along one axis; the group is an argument.
 
+Those in place send nothing in a group of one. The others are for groups of several ranks and can be waited for later.
+"""
+
+from typing import NamedTuple
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,3 +44,34 @@ def all_reduce_(buffer: Tensor, group: Group) -> None:
     """Sums `buffer` over the ranks, in place."""
     if group.size() > 1:
         dist.all_reduce(buffer, group=group)
+
+
+class Sent(NamedTuple):
+    """A collective on its way on the group's own stream; compute may go on until it needs the result."""
+
+    result: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The result, once compute may read it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def all_gather(x: Tensor, group: Group) -> Sent:
+    """Every rank's x [n, ...] one after the other: [n * ranks, ...], in new memory."""
+    whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    return Sent(whole, _all_gather(whole, x.contiguous(), group=group, async_op=True))
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Sent:
+    """The sum of every rank's x [n * ranks, ...], of which this rank gets its part [n, ...], in new memory."""
+    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Sent(part, _reduce_scatter(part, x.contiguous(), group=group, async_op=True))
+
+
+def all_reduce(x: Tensor, group: Group) -> Sent:
+    """The sum of every rank's x, in new memory."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    return Sent(total, dist.all_reduce(total, group=group, async_op=True))

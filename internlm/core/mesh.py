@@ -56,7 +56,12 @@ class Axes:
 
 @dataclass(frozen=True)
 class Mesh(Axes):
-    """A rank's place: on the axes of the model (and `expert`), and on the ZeRO axes of dense and expert parameters."""
+    """A rank's place: on the axes of the model (and `expert`), and on the ZeRO axes of dense and expert parameters.
+
+    The engine alone sends over the groups of `dense` and the ZeRO groups of `expert`, from its lanes, beside what
+    everybody else sends: the order of collectives in a group must be the same on all its ranks. Hence two groups for
+    `tensor`.
+    """
 
     world: World
     dense: Axes
@@ -119,13 +124,14 @@ def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
     expert_zero = _nested(expert_zero_sizes(parallel, world.size), dp * tensor // experts)
     alone = _alone(world)
     model = _axes(world, {axis: sizes[axis] for axis in MODEL_AXES}, MODEL_AXES, alone)
-    dense = _axes(world, {"pipeline": stages, **dense_zero, "tensor": tensor}, ZERO_AXES, alone)
+    dense_axes = (*ZERO_AXES, "tensor")
+    dense = _axes(world, {"pipeline": stages, **dense_zero, "tensor": tensor}, dense_axes, alone)
     expert_axes = (*ZERO_AXES, "expert")
     expert = _axes(world, {"pipeline": stages, **expert_zero, "expert": experts}, expert_axes, alone)
     return Mesh(
         sizes={**model.sizes, "expert": experts},
         coordinates={**model.coordinates, "expert": expert.coordinates["expert"]},
-        groups={**model.groups, "expert": expert.groups["expert"]},
+        groups={**model.groups, "expert": expert.group("expert")},
         world=world,
         dense=dense,
         expert=expert,

@@ -64,6 +64,7 @@ class Head(nn.Module):
         self.grad_scale = config.embed_grad_scale
         self.norm_rows = config.norm_head
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, norm_dtype)
+        self.cross_entropy = linear_cross_entropy  # replaced where the vocabulary is cut
         self.weight = None
         if not config.tie_word_embeddings:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
@@ -81,7 +82,7 @@ class Head(nn.Module):
         if self.norm_rows:
             weight = F.normalize(weight, dim=-1)
         x = self.norm(x, weight.dtype)
-        return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels, label_smoothing)
+        return F.linear(x, weight) if labels is None else self.cross_entropy(x, weight, labels, label_smoothing)
 
 
 class _ScaleGradient(torch.autograd.Function):

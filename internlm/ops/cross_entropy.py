@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from internlm.core.collectives import Group
+from internlm.ops.vocabulary import cut_losses, local_labels
+
 IGNORE_INDEX = -100
 
 # Elements of one chunk of logits. On a GPU some 1.5k rows of the usual vocabularies and 1 GB with all temporaries;
@@ -43,21 +46,32 @@ def linear_cross_entropy_reference(
         return LossOutput(loss_sum, token_losses, logits.argmax(-1) == labels)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> LossOutput:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0, group: Group | None = None
+) -> LossOutput:
     """Cross-entropy of `hidden @ weight.T` against `labels`, chunk by chunk.
 
     hidden [tokens, hidden], weight [vocab, hidden] of one dtype; labels int64 [tokens] below vocab or IGNORE_INDEX.
     Only `loss_sum` carries gradient, and only once (no second derivatives).
+
+    With a `group`, each of its ranks has the same tokens and an equal part of the vocabulary, in order of rank; the
+    result is the same on all of them, and the gradient of `hidden` is this rank's part of a sum over the group.
     """
     return LossOutput(
-        *_LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        *_LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, group, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        group: Group | None,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -68,12 +82,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**22) // len(weight))
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            probabilities, chunk = _chunk_losses(F.linear(hidden[part], weight), labels[part], label_smoothing)
+            logits = F.linear(hidden[part], weight)
+            if group is None:
+                probabilities, chunk = _chunk_losses(logits, labels[part], label_smoothing)
+            else:
+                probabilities, chunk = _cut_chunk_losses(logits, labels[part], label_smoothing, group)
             loss_sum += chunk.loss_sum
             token_losses[part], correct[part] = chunk.token_losses, chunk.correct
             if not (need_hidden or need_weight):
                 continue
-            grad_logits = _to_gradient_(probabilities, labels[part], label_smoothing).to(hidden.dtype)
+            grad_logits = _to_gradient_(probabilities, labels[part], label_smoothing, group).to(hidden.dtype)
             # Rows without a label have no gradient. Masking here spares a pass over the vocabulary.
             trained = (labels[part] != IGNORE_INDEX)[:, None].to(hidden.dtype)
             if grad_hidden is not None:
@@ -95,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Scaled in fp32 and rounded once, without a second fp32 tensor of the weight's size.
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, LossOutput]:
@@ -115,12 +133,24 @@ def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tup
     return probabilities, LossOutput(loss_sum, token_losses, prediction == labels)
 
 
-def _to_gradient_(probabilities: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def _cut_chunk_losses(
+    logits: Tensor, labels: Tensor, label_smoothing: float, group: Group
+) -> tuple[Tensor, LossOutput]:
+    """`_chunk_losses` where each rank of `group` has a part of the vocabulary."""
+    trained = labels != IGNORE_INDEX
+    probabilities, token_losses, loss_sum, prediction = cut_losses(logits, labels, trained, label_smoothing, group)
+    return probabilities, LossOutput(loss_sum, token_losses, prediction == labels)
+
+
+def _to_gradient_(probabilities: Tensor, labels: Tensor, label_smoothing: float, group: Group | None) -> Tensor:
     """Turns [rows, vocab] into the gradient of the summed loss by the logits, in place: probabilities - target."""
+    size = probabilities.shape[-1]
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if label_smoothing > 0:
-        probabilities.sub_(label_smoothing / probabilities.shape[-1])
-    minus_target = torch.full_like(labels, label_smoothing - 1, dtype=torch.float32)[:, None]
-    return probabilities.scatter_add_(-1, labels.clamp_min(0)[:, None], minus_target)
+        probabilities.sub_(label_smoothing / (size * ranks))
+    places, here = local_labels(labels, rank * size, size)
+    minus_target = torch.where(here, label_smoothing - 1.0, 0.0)[:, None]
+    return probabilities.scatter_add_(-1, places[:, None], minus_target)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

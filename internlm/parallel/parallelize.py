@@ -9,6 +9,7 @@ from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
 from internlm.model.transformer import Transformer
 from internlm.parallel.recompute import recompute_blocks
+from internlm.parallel.tensor import cut_tensors
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
@@ -16,6 +17,6 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
 
     Returns the placement of each parameter that is not whole here, by name.
     """
-    placements: dict[str, Placement] = {}
+    placements = cut_tensors(model, config, mesh)
     recompute_blocks(model.layers, config.model.recompute_fraction)
     return placements

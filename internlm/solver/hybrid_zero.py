@@ -114,7 +114,7 @@ class HybridZero:
             parameters,
             mesh.expert if layout.kind == "expert" else mesh.dense,
             mesh.device,
-            copies=[mesh.group("tensor")] if layout.kind == "copied" else [],
+            copies=[mesh.dense.group("tensor")] if layout.kind == "copied" else [],
             grad_dtype=layout.dtype if zero.grad_dtype == "model" else torch.float32,
             moment_dtype=torch_dtype(zero.moment_dtype),
             split=zero.master == "split",

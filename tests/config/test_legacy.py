@@ -109,9 +109,7 @@ def test_conversions(small, key, value, new_key, expected):
     [
         ("parallel.zero1", 0, "write -1 for all data ranks or 1"),
         ("parallel.zero1", {"size": 0}, "write -1 for all data ranks or 1"),
-        ("parallel.tensor", 2, "not available yet"),
         ("parallel.pipeline", {"size": 2, "interleaved_overlap": True}, "not available yet"),
-        ("parallel.sequence_parallel", True, "not available yet"),
         ("model.drop_rate", 0.1, "no dropout"),
         ("model.attn_drop_rate", 0.1, "no dropout"),
         ("model.use_swiglu", False, "only SwiGLU"),

@@ -27,6 +27,9 @@ STEPS = 5
 ROWS, ROW_LENGTH, VOCAB = 8, 32, 64  # rows of a global batch: divisible by 8 data ranks, or 4 micro batches for 2
 CPU = torch.device("cpu")
 RELATIVE = 1e-5
+# Adam divides a gradient by its own size: with the usual 1e-8, one that is little but rounding would move a weight as
+# far as any other. With this the update follows the gradient, and a gradient of the wrong scale shows as well.
+ADAM_EPS = 1e-4
 
 DENSE: dict[str, Any] = {
     "num_layers": 4,
@@ -52,7 +55,7 @@ def make_config(parallel: dict[str, Any] | None = None, **sections: Any) -> Conf
             "model": {**DENSE, **sections.get("model", {})},
             "data": {"seq_len": ROW_LENGTH, "total_steps": 100, **sections.get("data", {})},
             "parallel": parallel or {},
-            "adam": {"lr": 1e-3, "weight_decay": 0.1},
+            "adam": {"lr": 1e-3, "weight_decay": 0.1, "adam_eps": ADAM_EPS},
             "lr_scheduler": {"type": "constant"},
             "hybrid_zero_optimizer": {"clip_grad_norm": 0.5, **sections.get("hybrid_zero_optimizer", {})},
             **{key: value for key, value in sections.items() if key in ("loss", "use_fp32_norm", "grad_scaler")},

@@ -1,0 +1,124 @@
+"""Problems of how the ranks are laid out: sizes of the axes against the model, the batch and each other.
+
+Every check yields one line a problem, as in checks.py: keys, values, the arithmetic, and what to change.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from internlm.config.schema import Config, ParallelConfig
+
+Problems = Iterator[str]
+
+
+def find_layout_problems(config: Config, world_size: int | None) -> list[str]:
+    """All of them; those of the number of ranks only when it is given."""
+    found = [problem for one in LAYOUT_CHECKS for problem in one(config)]
+    return found + list(world(config, world_size)) + list(zero_sizes(config, world_size))
+
+
+def divisors(number: int) -> str:
+    """ "1, 2, 3, 6" for 6."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def not_divided(what: str, number: int, by: str, size: int) -> str:
+    """The arithmetic of a division that leaves a rest."""
+    return (
+        f"{what} = {number} does not divide by {by} = {size} ({number} = {number // size} * {size} + {number % size})"
+    )
+
+
+def sizes(config: Config) -> Problems:
+    parallel = config.parallel
+    for key in ("tensor", "pipeline", "expert"):
+        size = getattr(parallel, key).size
+        if size < 1:
+            yield f"parallel.{key}.size = {size}: expected a number of ranks, 1 or more"
+
+
+def tensor(config: Config) -> Problems:
+    """What is cut between tensor ranks comes in equal parts."""
+    parallel, model, data = config.parallel, config.model, config.data
+    ranks, key = parallel.axis_sizes["tensor"], "parallel.tensor.size"
+    if ranks < 2:
+        return
+    for what, number, unit in (
+        ("model.num_kv_attention_heads", model.num_kv_heads, "each rank computes whole key/value heads"),
+        ("model.intermediate_size", model.ffn_size, "each rank computes as many feed-forward columns"),
+        ("model.vocab_size", model.vocab_size, "each rank holds as many rows of embedding and head"),
+    ):
+        if number % ranks:
+            yield f"{not_divided(what, number, key, ranks)}; {unit}. Set {key} to one of {divisors(number)}"
+    row = data.seq_len * data.micro_bsz // _parts_of_a_row(parallel)
+    if parallel.tensor.mode != "mtp" and row % ranks:
+        yield (
+            f"{not_divided('tokens of a row on one rank', row, key, ranks)}; parallel.tensor.mode = "
+            f'"{parallel.tensor.mode}" deals them out: change data.seq_len, or set mode="mtp"'
+        )
+
+
+def unavailable(config: Config) -> Problems:
+    parallel = config.parallel
+    if parallel.pipeline.size > 1:
+        yield f"parallel.pipeline.size = {parallel.pipeline.size}: pipeline parallel is not available yet; set 1"
+    if _parts_of_a_row(parallel) > 1:
+        yield f"parallel.context = {parallel.context}: sequence parallel is not available yet; set sizes of 1"
+
+
+def _parts_of_a_row(parallel: ParallelConfig) -> int:
+    return parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"]
+
+
+def _axes_text(parallel: ParallelConfig) -> str:
+    """ "pipeline 2 * tensor 4", of the axes of more than one rank."""
+    return " * ".join(f"{axis} {size}" for axis, size in parallel.axis_sizes.items() if size > 1) or "1"
+
+
+def world(config: Config, world_size: int | None) -> Problems:
+    """The axes of the model must fit into the ranks that there are; data takes the rest."""
+    parallel, needed = config.parallel, 1
+    for size in parallel.axis_sizes.values():
+        needed *= size
+    if world_size is None or needed < 1 or world_size % needed == 0:
+        return
+    rest = f"= {world_size // needed} * {needed} + {world_size % needed}"
+    yield (
+        f"{world_size} ranks do not divide by {_axes_text(parallel)} = {needed} of `parallel` ({world_size} {rest}); "
+        f"start a multiple of {needed} ranks, or lower a size"
+    )
+
+
+def zero_sizes(config: Config, world_size: int | None) -> Problems:
+    """The divisor chain p | g | os | dp; -1 stands for dp, which is unknown without a world size."""
+    parallel, dp = config.parallel, None
+    shared = parallel.axis_sizes["pipeline"] * parallel.axis_sizes["tensor"]
+    if world_size is not None:
+        if shared < 1 or world_size % shared:
+            return  # told by `world` or `sizes`
+        dp = world_size // shared
+    chain: list[tuple[str, int]] = []
+    for key in ("weight", "gradient", "zero1"):
+        size = getattr(parallel, key).size
+        if size < 1 and size != -1:
+            yield f"parallel.{key}.size = {size}: expected a number of ranks, or -1 for all data ranks"
+            return
+        if size != -1:
+            chain.append((f"parallel.{key}.size", size))
+        elif dp is not None:
+            chain.append((f"parallel.{key}.size", dp))
+        elif key != "zero1" and parallel.zero1.size != -1:
+            os = parallel.zero1.size
+            yield f"parallel.{key}.size = -1 is all data ranks, but parallel.zero1.size = {os}; set that to -1 too"
+    if dp is not None:
+        tensor, pipeline = parallel.axis_sizes["tensor"], parallel.pipeline.size
+        chain.append((f"the data-parallel size (world {world_size} / tensor {tensor} / pipeline {pipeline})", dp))
+    for (inner, a), (outer, b) in pairwise(chain):
+        if b % a:
+            yield (
+                f"{inner} = {a} does not divide {outer} = {b} ({b} = {b // a} * {a} + {b % a}); sizes form a chain "
+                f"weight | gradient | zero1 | data ranks. Set {inner} to one of {divisors(b)}"
+            )
+
+
+LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (sizes, tensor, unavailable)

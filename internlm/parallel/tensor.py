@@ -1,0 +1,173 @@
+"""Tensor parallel: every matrix of a block is cut between the ranks of a tensor group, which compute the same tokens.
+
+The table `CUTS` says along which dim each parameter is cut. A projection into a cut region (`wqkv`, `w13`, the head) is
+cut by its outputs, one out of it (`wo`, `w2`) by its inputs; the embedding and the head are cut by the vocabulary. What
+is sent where tokens enter and leave such a region depends on the mode, with the names of InternLM's 2023 framework:
+
+    mode  enter, forward / backward       leave, forward / backward     between the regions, each rank has
+    mtp   nothing / all-reduce            all-reduce / nothing          all tokens
+    msp   all-gather / reduce-scatter     reduce-scatter / all-gather   its part of the tokens
+    fsp   as msp, but the gathered tokens aren't kept for backward: they are gathered again
+
+mtp is Megatron-LM's tensor parallel (Shoeybi et al., 2019), msp adds its sequence parallel (Korthikanti et al., 2022).
+The gradient that leaves a region backward travels while the weight's gradient is computed.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.config.schema import Config
+from internlm.core.collectives import Group, Sent, all_gather, all_reduce, reduce_scatter
+from internlm.core.mesh import Mesh
+from internlm.core.placement import Placement, box_shape, cut, whole
+from internlm.model.layers import Embedding, Head, Linear, scale_gradient
+from internlm.model.transformer import Transformer
+from internlm.ops.cross_entropy import linear_cross_entropy
+
+Mode = Literal["mtp", "msp", "fsp"]
+
+# Pattern of a parameter's name -> the dim along which it is cut. All families share these names.
+CUTS: tuple[tuple[str, int], ...] = (
+    (r"embedding\.weight", 0),  # [vocab, hidden]
+    (r"layers\.\d+\.attention\.wqkv\.(weight|bias)", 0),  # [kv_heads, q_per_kv + 2, head_dim, hidden]: by kv head
+    (r"layers\.\d+\.attention\.wo\.weight", 1),  # [hidden, heads * head_dim]
+    (r"layers\.\d+\.feed_forward\.w13\.weight", 1),  # [2, ffn, hidden]
+    (r"layers\.\d+\.feed_forward\.w2\.weight", 1),  # [hidden, ffn]
+    (r"head\.weight", 0),  # [vocab, hidden]
+)
+# Not cut, but used by each rank for its own heads: gradients are parts of a sum in every mode.
+PARTIAL = r"layers\.\d+\.attention\.[qk]_norm\.weight"
+
+
+def cut_tensors(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
+    """Cuts a model on the meta device between the tensor ranks. Returns placements of its dense parameters."""
+    ranks, group = mesh.sizes["tensor"], mesh.group("tensor")
+    if ranks == 1:
+        return {}
+    mode: Any = config.parallel.tensor.mode
+    placements = {}
+    for name, parameter in list(model.named_parameters()):
+        shape, dim = tuple(parameter.shape), _cut_dim(name)
+        if dim is not None:
+            placements[name] = cut(shape, dim, mesh.coordinates["tensor"], ranks, "tensor")
+            _shrink(model, name, box_shape(placements[name].box))
+        else:  # in mtp, all ranks compute the whole gradient of what is not cut
+            identical = mode == "mtp" and not re.fullmatch(PARTIAL, name)
+            placements[name] = whole(shape, grad_scale=1 / ranks if identical else 1.0)
+    _attach(model, group, mode, mesh.coordinates["tensor"])
+    return placements
+
+
+def _cut_dim(name: str) -> int | None:
+    return next((dim for pattern, dim in CUTS if re.fullmatch(pattern, name)), None)
+
+
+def _shrink(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Replaces a parameter on the meta device by one of this rank's shape."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    old = getattr(module, attribute)
+    setattr(module, attribute, nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta")))
+    if isinstance(module, Linear) and attribute == "weight":
+        module.out_shape = shape[:-1]
+
+
+def _attach(model: Transformer, group: Group, mode: Mode, rank: int) -> None:
+    """Puts communication where tokens enter and leave a cut region."""
+    leave = partial(_Leave.apply, group, mode)
+    if isinstance(model.embedding, Embedding):
+        _replace_forward(model.embedding, partial(_embed, model.embedding, rank, leave))
+    for name, module in model.layers.named_modules():
+        if isinstance(module, Linear):
+            inwards = name.endswith(("wqkv", "w13"))
+            _replace_forward(
+                module, partial(_project_in, module, group, mode) if inwards else partial(_project_out, module, leave)
+            )
+    if isinstance(model.head, Head):
+        model.head.norm.register_forward_hook(lambda module, args, x: _Enter.apply(group, mode, x))
+        model.head.cross_entropy = partial(linear_cross_entropy, group=group)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def _embed(embedding: Embedding, rank: int, leave: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Rows of this rank's part of the vocabulary, zeros for the other tokens; the sum over the ranks is whole."""
+    rows = len(embedding.weight)
+    local = tokens - rank * rows
+    absent = (local < 0) | (local >= rows)
+    x = F.embedding(local.masked_fill(absent, 0), embedding.weight).masked_fill(absent[:, None], 0)
+    return scale_gradient(leave(x), embedding.grad_scale)
+
+
+def _project_in(linear: Linear, group: Group, mode: Mode, x: Tensor) -> Tensor:
+    """Into a cut region: this rank's outputs for all tokens of the group."""
+    weight = linear.weight.view(-1, linear.weight.shape[-1])
+    bias = None if linear.bias is None else linear.bias.view(-1)
+    return _ProjectIn.apply(group, mode, x, weight, bias).unflatten(-1, linear.out_shape)
+
+
+def _project_out(linear: Linear, leave: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Out of a cut region: this rank's inputs make a part of the sum; the bias, which is whole, is added once."""
+    y = leave(F.linear(x, linear.weight))
+    return y if linear.bias is None else y + linear.bias
+
+
+class _ProjectIn(torch.autograd.Function):
+    """x [tokens here, in], weight [out here, in] -> [tokens of the group, out here]."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.group, ctx.mode, ctx.has_bias = group, mode, bias is not None
+        entered = x if mode == "mtp" else all_gather(x, group).wait()
+        ctx.save_for_backward(x if mode == "fsp" else entered, weight)
+        return F.linear(entered, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        gathering = all_gather(kept, ctx.group) if ctx.mode == "fsp" else None
+        grad_x = grad @ weight
+        sending = _send_back(grad_x, ctx.group, ctx.mode)
+        entered = kept if gathering is None else gathering.wait()
+        grad_weight = grad.T @ entered
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return None, None, sending.wait(), grad_weight, grad_bias
+
+
+def _send_back(grad: Tensor, group: Group, mode: Mode) -> Sent:
+    """Sums the gradient of tokens that entered a region: for all of them, or for this rank's part."""
+    return all_reduce(grad, group) if mode == "mtp" else reduce_scatter(grad, group)
+
+
+class _Enter(torch.autograd.Function):
+    """Tokens enter a cut region where no projection follows at once."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, mode: Mode, x: Tensor) -> Tensor:
+        ctx.group, ctx.mode = group, mode
+        return x.view_as(x) if mode == "mtp" else all_gather(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, _send_back(grad.contiguous(), ctx.group, ctx.mode).wait()
+
+
+class _Leave(torch.autograd.Function):
+    """Parts of a sum leave a cut region."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, mode: Mode, x: Tensor) -> Tensor:
+        ctx.group, ctx.mode = group, mode
+        return (all_reduce(x, group) if mode == "mtp" else reduce_scatter(x, group)).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, grad if ctx.mode == "mtp" else all_gather(grad.contiguous(), ctx.group).wait()
