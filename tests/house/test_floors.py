@@ -49,7 +49,7 @@ DOORS = {
     "internlm/train/cli.py": "the command line: which launcher started this process",
     "internlm/data/text.py": "the user's cache folder",
 }
-RUNTIME = {"torch", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "fsspec"}
+RUNTIME = {"torch", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "fsspec", "jinja2"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
