@@ -2,9 +2,11 @@
 # Each makes .venv and fills it when something is missing or requirements/ changed.
 #   PYTHON=python3.12   interpreter of a new .venv
 #   TORCH=torch==2.11.0 another release of torch for a new .venv
+#   JOBS=8              processes of the test suite
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ demo: $(STAMP) ## train, evaluate, kill, resume and export a small model on this
 	$(BIN)/python tools/demo.py
 
 test: lint ## style, types and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(STAMP) ## style and types only
 	$(BIN)/ruff check .

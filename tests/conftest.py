@@ -1,4 +1,4 @@
-"""What all tests share: thread limits, a tiny tokenizer, the `gpu` marker."""
+"""What all tests share: thread limits, a tiny tokenizer, the `gpu` marker, who shares a process in parallel runs."""
 
 import os
 
@@ -21,7 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
 
 
+def uses_the_pool(item: pytest.Item) -> bool:
+    """Whether a test's module, or a helper that it imports, runs ranks in the pool of tests/pool.py."""
+    functions = [value for value in vars(item.module).values() if inspect.isfunction(value)]  # type: ignore[attr-defined]
+    return any("run_ranks" in function.__globals__ for function in functions)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if uses_the_pool(item):
+            item.add_marker(pytest.mark.xdist_group("ranks"))  # one process, hence one pool
     if torch.cuda.is_available():
         return
     for item in items:

@@ -43,7 +43,11 @@ class ModelConfig(Section):
     intermediate_size: PositiveInt | None = Field(
         None, description="feed-forward width, exact; None: from mlp_ratio and multiple_of"
     )
-    dtype: Dtype = Field("torch.bfloat16", description="dtype of parameters and activations")
+    dtype: Dtype = Field(
+        "torch.bfloat16",
+        description="dtype of parameters and activations; torch.float32 multiplies matrices in full precision, "
+        "torch.tf32 is float32 whose matrix products on a GPU round their inputs to tf32",
+    )
     max_position_embeddings: PositiveInt = Field(2048, description="longest position, written into exports")
     rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary angles")
     qk_interleaved: bool = Field(False, description="rotary pairs elements 2j and 2j+1 instead of j and j + head_dim/2")

@@ -10,6 +10,7 @@ from internlm.core.placement import Placement
 from internlm.model.transformer import Transformer
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.tensor import cut_tensors
+from internlm.utils.device import set_matmul_precision
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
@@ -17,6 +18,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
 
     Returns the placement of each parameter that is not whole here, by name.
     """
+    set_matmul_precision(config.model.dtype)
     placements = cut_tensors(model, config, mesh)
     recompute_blocks(model.layers, config.model.recompute_fraction)
     return placements

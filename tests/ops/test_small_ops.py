@@ -5,6 +5,8 @@ import cmath
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from internlm.ops.rms_norm import rms_norm, rms_norm_reference
 from internlm.ops.rotary import rotary_tables, rotate
@@ -95,3 +97,12 @@ def test_swiglu_keeps_only_its_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         swiglu(gate_up)
     assert kept == [70]
+
+
+@pytest.mark.parametrize("base", [1e4, 1e6])
+def test_angles_are_those_of_transformers_bit_for_bit(base):
+    positions = torch.arange(0, 32768, 7)
+    config = LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": base})
+    expected = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
+    for table, theirs in zip(rotary_tables(positions, 128, base, torch.float32), expected, strict=True):
+        assert torch.equal(table, theirs[0, :, :64])
