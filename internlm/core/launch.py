@@ -92,6 +92,22 @@ def launch(launcher: Launcher = "torch", port: int = DEFAULT_PORT) -> Iterator[W
         dist.destroy_process_group()
 
 
+@contextmanager
+def pretend(rank: int, size: int) -> Iterator[World]:
+    """One rank of a world that isn't there, for the body of a `with`: groups are made and collectives do nothing.
+
+    With it a single process builds what any rank of thousands would have.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch's own means; importing it registers it
+
+    assert not dist.is_initialized(), "the world can't be replaced while it exists"
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())  # type: ignore[no-untyped-call]
+    try:
+        yield World(rank, 0, size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
 def _int(env: Mapping[str, str], name: str, launcher: str) -> int:
     if name not in env:
         how = "torchrun" if launcher == "torch" else "srun"

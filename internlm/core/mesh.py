@@ -114,22 +114,34 @@ def expert_zero_sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, i
     return gcd(p, holders), gcd(g, holders), gcd(os, holders)
 
 
-def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
-    """The mesh of a run. Collective: every rank calls it. The sizes were checked by `config.checks`."""
+def axes_of_world(parallel: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Three ways to cut the world into nested axes, outermost first: that of the model, and those by which dense and
+    expert parameters are shared out. The sizes were checked by `config.checks`."""
     sizes = parallel.axis_sizes
     stages, tensor, experts = sizes["pipeline"], sizes["tensor"], parallel.expert.size
-    dp = sharing_ranks(parallel, world.size)
+    dp = sharing_ranks(parallel, world_size)
     sizes["data"] = dp // (sizes["ring"] * sizes["ulysses"])
-    dense_zero = _nested(zero_sizes(parallel, dp), dp)
-    expert_zero = _nested(expert_zero_sizes(parallel, world.size), dp * tensor // experts)
+    model = {axis: sizes[axis] for axis in MODEL_AXES}
+    dense = {"pipeline": stages, **_nested(zero_sizes(parallel, dp), dp), "tensor": tensor}
+    expert_zero = _nested(expert_zero_sizes(parallel, world_size), dp * tensor // experts)
+    return model, dense, {"pipeline": stages, **expert_zero, "expert": experts}
+
+
+def coordinates_of(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Where a rank stands on nested axes."""
+    assert 0 <= rank < prod(sizes.values()), (rank, sizes)
+    coordinates = {}
+    for axis in reversed(list(sizes)):
+        rank, coordinates[axis] = divmod(rank, sizes[axis])
+    return coordinates
+
+
+def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
+    """The mesh of a run. Collective: every rank calls it."""
     alone = _alone(world)
-    model = _axes(world, {axis: sizes[axis] for axis in MODEL_AXES}, MODEL_AXES, alone)
-    dense_axes = (*ZERO_AXES, "tensor")
-    dense = _axes(world, {"pipeline": stages, **dense_zero, "tensor": tensor}, dense_axes, alone)
-    expert_axes = (*ZERO_AXES, "expert")
-    expert = _axes(world, {"pipeline": stages, **expert_zero, "expert": experts}, expert_axes, alone)
+    model, dense, expert = (_axes(world, sizes, alone) for sizes in axes_of_world(parallel, world.size))
     return Mesh(
-        sizes={**model.sizes, "expert": experts},
+        sizes={**model.sizes, "expert": expert.sizes["expert"]},
         coordinates={**model.coordinates, "expert": expert.coordinates["expert"]},
         groups={**model.groups, "expert": expert.group("expert")},
         world=world,
@@ -145,22 +157,19 @@ def _nested(chain: tuple[int, int, int], holders: int) -> dict[str, int]:
     return dict(zip(ZERO_AXES, (holders // os, os // g, g // p, p), strict=True))
 
 
-def _axes(world: World, sizes: dict[str, int], wanted: tuple[str, ...], alone: Group) -> Axes:
-    """Cuts the world into nested axes of `sizes`, outermost first, and makes the groups of the `wanted` ones.
+def _axes(world: World, sizes: dict[str, int], alone: Group) -> Axes:
+    """Cuts the world into nested axes of `sizes`, outermost first, with their groups.
 
     Groups are made for axes of more than one rank; the others share the group of this rank alone.
     """
     assert prod(sizes.values()) == world.size, (sizes, world.size)
-    coordinates, rest = {}, world.rank
-    for axis in reversed(sizes):
-        rest, coordinates[axis] = divmod(rest, sizes[axis])
-    groups = dict.fromkeys(wanted, alone)
+    groups = dict.fromkeys(sizes, alone)
     wide = [axis for axis, size in sizes.items() if size > 1]
     if wide:
         shape = tuple(sizes[axis] for axis in wide)
         device_mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=tuple(wide))
-        groups.update({axis: _own(device_mesh.get_group(axis)) for axis in wide if axis in wanted})
-    return Axes({axis: sizes[axis] for axis in wanted}, {axis: coordinates[axis] for axis in wanted}, groups)
+        groups.update({axis: _own(device_mesh.get_group(axis)) for axis in wide})
+    return Axes(sizes, coordinates_of(world.rank, sizes), groups)
 
 
 def _own(group: Group) -> Group:

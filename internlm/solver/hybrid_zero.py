@@ -101,7 +101,7 @@ class HybridZero:
         self._in_flight: deque[Callable[[], None]] = deque()
 
         tied = config.model.tie_word_embeddings
-        layouts = plan_units(model, _num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
+        layouts = plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self._install_hooks(model)
         logger.info("hybrid zero over %s: %s", dict(mesh.dense.sizes), _in_gib(self.memory()))
@@ -376,7 +376,7 @@ class HybridZero:
         return total
 
 
-def _num_shards(mesh: Mesh) -> dict[Kind, int]:
+def num_shards(mesh: Mesh) -> dict[Kind, int]:
     """Into how many parts buffers of each kind are cut."""
     dense, expert = (
         prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)

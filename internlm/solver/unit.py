@@ -24,6 +24,15 @@ from internlm.ops.adamw import join_master, round_to, split_master
 from internlm.solver.buckets import Slot, UnitLayout
 
 
+def owned_interval(size: int, axes: Axes) -> tuple[int, int]:
+    """(start, stop) of what a rank updates of a unit's line of `size` elements."""
+    start, length = 0, size
+    for axis in ("param", "grad", "optim"):
+        length //= axes.sizes[axis]
+        start += axes.coordinates[axis] * length
+    return start, start + length
+
+
 class Unit:
     """The buffers of a unit. `parameters` become views of them; what they held is dropped."""
 
@@ -53,7 +62,7 @@ class Unit:
         self.full = torch.zeros(layout.size, dtype=layout.dtype, device=device)
         self.shard = torch.zeros(layout.size // p, dtype=layout.dtype, device=device) if self.sharded else self.full
         self.owned = own_chunk(own_chunk(self.shard, self.grad_group), self.optim_group)
-        self.owned_start = self._start_of_owned()
+        self.owned_start, _ = owned_interval(layout.size, axes)
         self.grads = torch.zeros(layout.size // g, dtype=grad_dtype, device=device)
 
         count = self.owned.numel()
@@ -73,13 +82,6 @@ class Unit:
         self.stale = False  # parameters of others were updated, and have not been gathered yet
         for slot in layout.slots:
             parameters[slot.name].data = self.view(self.full, slot)
-
-    def _start_of_owned(self) -> int:
-        start, length = 0, self.layout.size
-        for group in (self.param_group, self.grad_group, self.optim_group):
-            length //= group.size()
-            start += group.rank() * length
-        return start
 
     @staticmethod
     def view(buffer: Tensor, slot: Slot) -> Tensor:

@@ -1,46 +1,19 @@
-"""What a run would be, without starting it: resolved config, parameter count, memory of each rank.
-
-Parameters, gradients and optimizer states are exact: the engine's own plan of buffers, on a model without memory.
-Activations and what lives for a moment are estimates by the formulas below, which a test holds against autograd.
-"""
+"""What a run would be, without starting it: resolved config, parameter count, memory of each rank."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from math import prod
 
-import torch
-
-from internlm.config.schema import Config, ModelConfig, Section
-from internlm.core.mesh import zero_sizes
+from internlm.config.schema import Config, Section
+from internlm.core.mesh import sharing_ranks, zero_sizes
 from internlm.model.transformer import build_model
-from internlm.solver.buckets import Kind, UnitLayout, plan_units
-from internlm.utils.device import torch_dtype
+from internlm.train.memory import Memory, memory_per_rank
 
 GIB = 2**30
-# linear_cross_entropy works through the logits in chunks of at most so many elements on a GPU.
-LOGITS_CHUNK = 2**29
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank, by class."""
-
-    parameters: int
-    gradients: int
-    masters: int
-    moments: int
-    gathered: int  # whole units that live while they are computed or reduced
-    activations: int
-    head: int  # the loss: gradient of the head's weight, a chunk of logits
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
 
 
 def report(config: Config, world_size: int) -> str:
     """The text that `train.py --dry_run` prints."""
-    layouts = _plan(config, os=1)
-    num_parameters = sum(slot.stop - slot.start for layout in layouts for slot in layout.slots)
+    num_parameters = sum(parameter.numel() for parameter in build_model(config, device="meta").parameters())
     return "\n".join(
         [
             "resolved config",
@@ -55,81 +28,6 @@ def report(config: Config, world_size: int) -> str:
     )
 
 
-def memory_per_rank(config: Config, world_size: int) -> Memory:
-    """Memory of the fullest rank; all ranks hold equal shares."""
-    p, g, os = zero_sizes(config.parallel, world_size)
-    layouts = _plan(config, os)
-    sizes = [_unit_bytes(config, layout, p, g, os) for layout in layouts]
-    parameters, gradients, masters, moments = (sum(column) for column in zip(*sizes, strict=True))
-    largest = max(layouts, key=lambda layout: layout.size)
-    # The unit at work and the next one, fetched ahead; a gradient before it is reduced.
-    num_gathered = 2 if config.parallel.weight.overlap else 1
-    gathered = num_gathered * largest.size * largest.dtype.itemsize if p > 1 else 0
-    gathered += largest.size * _grad_dtype(config, largest).itemsize if g > 1 else 0
-    return Memory(parameters, gradients, masters, moments, gathered, _activations(config), _head(config))
-
-
-def _plan(config: Config, os: int) -> list[UnitLayout]:
-    shards: dict[Kind, int] = {"dense": os, "copied": os, "expert": os}
-    return plan_units(
-        build_model(config, device="meta"), shards, config.adam.no_decay, config.model.tie_word_embeddings
-    )
-
-
-def _grad_dtype(config: Config, layout: UnitLayout) -> torch.dtype:
-    return torch.float32 if config.hybrid_zero_optimizer.grad_dtype == "torch.float32" else layout.dtype
-
-
-def _unit_bytes(config: Config, layout: UnitLayout, p: int, g: int, os: int) -> tuple[int, int, int, int]:
-    """(parameters, gradients, masters, moments) in bytes that one rank keeps of a unit."""
-    engine = config.hybrid_zero_optimizer
-    master = 0 if layout.dtype == torch.float32 else 2 if engine.master == "split" else 4
-    moment = torch_dtype(engine.moment_dtype).itemsize
-    return (
-        layout.size // p * layout.dtype.itemsize,
-        layout.size // g * _grad_dtype(config, layout).itemsize,
-        layout.size // os * master,
-        layout.size // os * 2 * moment,
-    )
-
-
-def saved_per_token(model: ModelConfig) -> int:
-    """Bytes that autograd keeps of one token in one block that is not recomputed."""
-    item = torch_dtype(model.dtype).itemsize
-    residual = 4 if model.residual_in_fp32 else item
-    hidden, ffn = model.hidden_size, model.ffn_size
-    query = model.num_attention_heads * model.head_size
-    key_value = 2 * model.num_kv_heads * model.head_size
-    streams = 2 * hidden * residual  # inputs of both norms
-    normed = 2 * hidden * item  # inputs of wqkv and w13
-    attention = (query + key_value // 2) * item  # rotated queries and keys
-    attention += (query + key_value) * item  # wqkv's output, which the values are a view of
-    attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
-    return streams + normed + attention + 3 * ffn * item  # gate, up and their product
-
-
-def _activations(config: Config) -> int:
-    """Saved for backward in one micro batch; one recomputed block is whole again while it is differentiated."""
-    model = config.model
-    tokens = config.data.seq_len * config.data.micro_bsz
-    item = 4 if model.residual_in_fp32 else torch_dtype(model.dtype).itemsize
-    recomputed = int(model.num_layers * model.recompute_fraction)
-    whole = model.num_layers - recomputed + (1 if recomputed else 0)
-    return tokens * (whole * saved_per_token(model) + recomputed * model.hidden_size * item)
-
-
-def _head(config: Config) -> int:
-    """fp32 gradient of the head's weight from forward to backward, and a chunk of logits with its gradient."""
-    model = config.model
-    item = torch_dtype(model.dtype).itemsize
-    tokens = config.data.seq_len * config.data.micro_bsz
-    chunk = min(LOGITS_CHUNK, tokens * model.vocab_size)
-    return model.vocab_size * model.hidden_size * 4 + chunk * (4 + item) + 2 * tokens * model.hidden_size * item
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
-
-
 def _config_lines(section: Section, prefix: str = "  ") -> Iterator[str]:
     for name in type(section).model_fields:
         value = getattr(section, name)
@@ -141,15 +39,19 @@ def _config_lines(section: Section, prefix: str = "  ") -> Iterator[str]:
 
 def _batch_lines(config: Config, world_size: int) -> list[str]:
     data = config.data
-    tokens = data.seq_len * data.micro_bsz * data.micro_num * world_size
+    sizes = config.parallel.axis_sizes
+    readers = world_size // prod(sizes.values())
+    tokens = data.seq_len * data.micro_bsz * data.micro_num * readers
     return [
-        f"batch: seq_len {data.seq_len} * micro_bsz {data.micro_bsz} * micro_num {data.micro_num} * {world_size} data "
-        f"ranks = {tokens:,} tokens a step, {tokens * data.total_steps:,} in {data.total_steps:,} steps"
+        f"ranks: {world_size} = {' * '.join(f'{axis} {size}' for axis, size in {**sizes, 'data': readers}.items())}",
+        f"batch: seq_len {data.seq_len} * micro_bsz {data.micro_bsz} * micro_num {data.micro_num} * {readers} data "
+        f"ranks = {tokens:,} tokens a step, {tokens * data.total_steps:,} in {data.total_steps:,} steps",
     ]
 
 
 def _memory_lines(config: Config, world_size: int, num_parameters: int) -> list[str]:
-    p, g, os = zero_sizes(config.parallel, world_size)
+    dp = sharing_ranks(config.parallel, world_size)
+    p, g, os = zero_sizes(config.parallel, dp)
     here, alone = memory_per_rank(config, world_size), _unsharded(config)
     rows = [
         ("parameters", here.parameters, alone.parameters, f"/ {p}"),
@@ -162,7 +64,7 @@ def _memory_lines(config: Config, world_size: int, num_parameters: int) -> list[
     ]
     lines = [
         f"memory per rank on {world_size} rank{'s' if world_size > 1 else ''}, (p, g, os) = ({p}, {g}, {os}): "
-        f"{layout_name(p, g, os, world_size)}",
+        f"{layout_name(p, g, os, dp)}",
         f"  {'':<28}{'GiB':>10}{'bytes/param':>14}",
     ]
     for name, size, whole, note in rows:
@@ -175,8 +77,7 @@ def _memory_lines(config: Config, world_size: int, num_parameters: int) -> list[
 
 def _unsharded(config: Config) -> Memory:
     """The same run on one rank that shares nothing."""
-    alone = {axis: {"size": 1} for axis in ("zero1", "gradient", "weight")}
-    return memory_per_rank(Config.model_validate({**config.model_dump(), "parallel": alone}), world_size=1)
+    return memory_per_rank(Config.model_validate({**config.model_dump(), "parallel": {}}), world_size=1)
 
 
 def _recompute(config: Config) -> str:

@@ -10,7 +10,8 @@ from internlm.model.batch import Batch, Segments
 from internlm.model.init import initialize
 from internlm.model.transformer import Transformer, build_model
 from internlm.solver.hybrid_zero import HybridZero
-from internlm.train.dry_run import layout_name, memory_per_rank, report, saved_per_token
+from internlm.train.dry_run import layout_name, report
+from internlm.train.memory import memory_per_rank, saved_per_token
 
 
 def sized(**changes):

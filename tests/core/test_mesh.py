@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from internlm.config.schema import ParallelConfig
-from internlm.core.launch import World
-from internlm.core.mesh import ZERO_AXES, build_mesh
+from internlm.core.launch import World, pretend
+from internlm.core.mesh import ZERO_AXES, axes_of_world, build_mesh, coordinates_of
 from tests.pool import run_ranks
 
 CPU = torch.device("cpu")
@@ -38,3 +38,26 @@ def test_axes_reach_every_rank_once(chain: tuple[int, int, int]) -> None:
 
 def test_minus_one_is_everybody() -> None:
     assert run_ranks(4, members, 1, 1, -1)[2]["optim"] == [0, 1, 2, 3]
+
+
+LARGE = ParallelConfig.model_validate(
+    {"pipeline": {"size": 4}, "context": {"ring": 2, "ulysses": 2}, "tensor": {"size": 8}, "expert": {"size": 16}}
+)
+
+
+@pytest.mark.parametrize("rank", [0, 7, 8, 255, 256, 777, 1023])
+def test_a_pretended_rank_stands_where_the_arithmetic_says(rank: int) -> None:
+    """The groups that a `DeviceMesh` makes are those of equal coordinates on all other axes."""
+    model, dense, expert = axes_of_world(LARGE, 1024)
+    with pretend(rank, 1024) as world:
+        mesh = build_mesh(LARGE, world)
+        for axes, sizes in ((mesh, model), (mesh.dense, dense), (mesh.expert, expert)):
+            here = coordinates_of(rank, sizes)
+            assert {axis: axes.coordinates[axis] for axis in sizes} == here
+            for axis in sizes:
+                same = [
+                    other
+                    for other in range(1024)
+                    if all(n == here[a] for a, n in coordinates_of(other, sizes).items() if a != axis)
+                ]
+                assert torch.distributed.get_process_group_ranks(axes.group(axis)) == same, axis

@@ -1,0 +1,144 @@
+"""Memory of one rank, without having it.
+
+Parameters, gradients and optimizer states are exact: the engine's own plan of buffers, on a model without memory, on a
+rank of a world that is only pretended. Activations and what lives for a moment are estimates by the formulas below,
+which a test holds against autograd.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from internlm.config.schema import Config, ModelConfig
+from internlm.core.launch import pretend
+from internlm.core.mesh import Axes, Mesh, build_mesh
+from internlm.model.transformer import build_model
+from internlm.parallel.parallelize import parallelize
+from internlm.solver.buckets import UnitLayout, plan_units
+from internlm.solver.hybrid_zero import num_shards
+from internlm.utils.device import torch_dtype
+
+# linear_cross_entropy works through the logits in chunks of at most so many elements on a GPU.
+LOGITS_CHUNK = 2**29
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by class."""
+
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    gathered: int  # whole units that live while they are computed or reduced
+    activations: int
+    head: int  # the loss: gradient of the head's weight, a chunk of logits
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def memory_per_rank(config: Config, world_size: int) -> Memory:
+    """Memory of the fullest rank. Ranks of one pipeline stage hold equal shares."""
+    stages = config.parallel.pipeline.size
+    return max(
+        (_memory_of(config, stage * (world_size // stages), world_size) for stage in range(stages)),
+        key=lambda memory: memory.total,
+    )
+
+
+def layouts_of(config: Config, mesh: Mesh) -> list[UnitLayout]:
+    """The engine's plan for one rank."""
+    model = build_model(config, device="meta")
+    placements = parallelize(model, config, mesh)
+    tied = config.model.tie_word_embeddings
+    return plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
+
+
+def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
+    with pretend(rank, world_size) as world:
+        mesh = build_mesh(config.parallel, world)
+        layouts = layouts_of(config, mesh)
+    sizes = [_unit_bytes(config, layout, mesh.expert if layout.kind == "expert" else mesh.dense) for layout in layouts]
+    parameters, gradients, masters, moments = (sum(column) for column in zip(*sizes, strict=True))
+    p, g, _ = shares(mesh.dense)
+    largest = max(layouts, key=lambda layout: layout.size)
+    # The unit at work and the next one, fetched ahead; a gradient before it is reduced.
+    num_gathered = 2 if config.parallel.weight.overlap else 1
+    gathered = num_gathered * largest.size * largest.dtype.itemsize if p > 1 else 0
+    gathered += largest.size * _grad_dtype(config, largest).itemsize if g > 1 else 0
+    modules = {layout.modules[0] for layout in layouts}
+    activations = _activations(config, mesh, num_blocks=sum(name.startswith("layers.") for name in modules))
+    head = _head(config, mesh) if "head" in {name for layout in layouts for name in layout.modules} else 0
+    return Memory(parameters, gradients, masters, moments, gathered, activations, head)
+
+
+def shares(axes: Axes) -> tuple[int, int, int]:
+    """(p, g, os): into how many parts parameters, gradients and optimizer states are cut."""
+    p = axes.sizes["param"]
+    g = p * axes.sizes["grad"]
+    return p, g, g * axes.sizes["optim"]
+
+
+def _grad_dtype(config: Config, layout: UnitLayout) -> torch.dtype:
+    return torch.float32 if config.hybrid_zero_optimizer.grad_dtype == "torch.float32" else layout.dtype
+
+
+def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, int, int, int]:
+    """(parameters, gradients, masters, moments) in bytes that one rank keeps of a unit."""
+    p, g, os = shares(axes)
+    engine = config.hybrid_zero_optimizer
+    master = 0 if layout.dtype == torch.float32 else 2 if engine.master == "split" else 4
+    moment = torch_dtype(engine.moment_dtype).itemsize
+    return (
+        layout.size // p * layout.dtype.itemsize,
+        layout.size // g * _grad_dtype(config, layout).itemsize,
+        layout.size // os * master,
+        layout.size // os * 2 * moment,
+    )
+
+
+def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
+    """Bytes that autograd keeps of one token of a row in one block that is not recomputed, on one of `tensor` ranks."""
+    item = torch_dtype(model.dtype).itemsize
+    residual = 4 if model.residual_in_fp32 else item
+    hidden, ffn = model.hidden_size, model.ffn_size
+    query = model.num_attention_heads * model.head_size
+    key_value = 2 * model.num_kv_heads * model.head_size
+    streams = 2 * hidden * residual  # inputs of both norms
+    normed = 2 * hidden * item  # inputs of wqkv and w13
+    attention = (query + key_value // 2) * item  # rotated queries and keys
+    attention += (query + key_value) * item  # wqkv's output, which the values are a view of
+    attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
+    feed_forward = 3 * ffn * item  # gate, up and their product
+    outside = streams / (1 if mode == "mtp" else tensor) + normed / (tensor if mode == "fsp" else 1)
+    return outside + (attention + feed_forward) / tensor
+
+
+def _activations(config: Config, mesh: Mesh, num_blocks: int) -> int:
+    """Saved for backward; one recomputed block is whole again while it is differentiated.
+
+    Of one micro batch; in a pipeline the first stage has begun as many as there are stages before it ends one.
+    """
+    model, tensor, mode = config.model, mesh.sizes["tensor"], config.parallel.tensor.mode
+    item = 4 if model.residual_in_fp32 else torch_dtype(model.dtype).itemsize
+    recomputed = int(num_blocks * model.recompute_fraction)
+    begun = min(mesh.sizes["pipeline"] - mesh.coordinates["pipeline"], config.data.micro_num)
+    block = saved_per_token(model, tensor, mode)
+    stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
+    kept = begun * ((num_blocks - recomputed) * block + recomputed * stream) + (block if recomputed else 0)
+    return int(_tokens(config, mesh) * kept)
+
+
+def _head(config: Config, mesh: Mesh) -> int:
+    """fp32 gradient of the head's weight from forward to backward, and a chunk of logits with its gradient."""
+    model, tokens = config.model, _tokens(config, mesh)
+    item, vocabulary = torch_dtype(model.dtype).itemsize, model.vocab_size // mesh.sizes["tensor"]
+    chunk = min(LOGITS_CHUNK, tokens * vocabulary)
+    return vocabulary * model.hidden_size * 4 + chunk * (4 + item) + 2 * tokens * model.hidden_size * item
+
+
+def _tokens(config: Config, mesh: Mesh) -> int:
+    """Of a micro batch, between attention's exchanges."""
+    return config.data.seq_len * config.data.micro_bsz // mesh.sequence_size
