@@ -70,11 +70,17 @@ class Head(nn.Module):
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
 
     def forward(
-        self, x: Tensor, tied_weight: Tensor | None = None, labels: Tensor | None = None, label_smoothing: float = 0.0
+        self,
+        x: Tensor,
+        tied_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        upstream: float = 1.0,
     ) -> Tensor | LossOutput:
         """x [tokens, hidden] -> logits [tokens, vocab], or the loss against `labels` int64 [tokens].
 
         `tied_weight` is the embedding's weight when word embeddings are tied; without that the head owns one.
+        `upstream`: see `linear_cross_entropy`.
         """
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "a head without a weight of its own is given the embedding's"
@@ -82,7 +88,9 @@ class Head(nn.Module):
         if self.norm_rows:
             weight = F.normalize(weight, dim=-1)
         x = self.norm(x, weight.dtype)
-        return F.linear(x, weight) if labels is None else self.cross_entropy(x, weight, labels, label_smoothing)
+        if labels is None:
+            return F.linear(x, weight)
+        return self.cross_entropy(x, weight, labels, label_smoothing, upstream=upstream)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -60,9 +60,12 @@ class Transformer(nn.Module):
         """Logits [tokens, vocab] of a packed row, in the model's dtype."""
         return self.head(self._hidden(batch), self._tied_weight())
 
-    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
-        """Summed loss, token losses and predictions of a packed row, without ever holding all its logits."""
-        return self.head(self._hidden(batch), self._tied_weight(), batch.labels, label_smoothing)
+    def loss(self, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0) -> LossOutput:
+        """Summed loss, token losses and predictions of a packed row, without ever holding all its logits.
+
+        `upstream` is the factor between the summed loss and what backward starts from, if known: `ops.cross_entropy`.
+        """
+        return self.head(self._hidden(batch), self._tied_weight(), batch.labels, label_smoothing, upstream)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:

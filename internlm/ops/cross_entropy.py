@@ -2,10 +2,10 @@
 
 With a vocabulary of 100k the logits of 16k tokens are 6.6 GB in fp32, several times that with their gradient. Here rows
 are taken in chunks: logits, token losses, predictions and the chunk's gradients, then the chunk is dropped. Hence the
-gradients of hidden states and weight are computed in the *forward*, for an upstream gradient of 1, and backward only
-scales them. What that costs: an fp32 gradient of the weight lives from forward to backward, and a forward with
-gradients enabled whose backward never comes has done the work for nothing. What it saves is the third GEMM of
-recomputing the logits in backward.
+gradients of hidden states and weight are computed in the *forward*, for an upstream gradient that the caller foretells
+(1 if it can't), and backward only scales them. What that costs: an fp32 gradient of the weight lives from forward to
+backward, and a forward with gradients enabled whose backward never comes has done the work for nothing. What it saves
+is the third GEMM of recomputing the logits in backward.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +47,12 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0, group: Group | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    group: Group | None = None,
+    upstream: float = 1.0,
 ) -> LossOutput:
     """Cross-entropy of `hidden @ weight.T` against `labels`, chunk by chunk.
 
@@ -56,9 +61,14 @@ def linear_cross_entropy(
 
     With a `group`, each of its ranks has the same tokens and an equal part of the vocabulary, in order of rank; the
     result is the same on all of them, and the gradient of `hidden` is this rank's part of a sum over the group.
+
+    `upstream` is the factor by which `loss_sum` will be multiplied before backward, loss scale included, where that is
+    known. It changes no result in exact arithmetic. In float16, whose least positive number is 6e-8, gradients are
+    rounded after it and not before: that is what a loss scale is for. Any positive number is allowed.
     """
+    scale = upstream if hidden.dtype == torch.float16 else 1.0  # other dtypes have the exponents of float32
     return LossOutput(
-        *_LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, group, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        *_LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, group, scale, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     )
 
 
@@ -71,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         label_smoothing: float,
         group: Group | None,
+        scale: float,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
@@ -91,14 +102,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             token_losses[part], correct[part] = chunk.token_losses, chunk.correct
             if not (need_hidden or need_weight):
                 continue
-            grad_logits = _to_gradient_(probabilities, labels[part], label_smoothing, group).to(hidden.dtype)
+            grad_logits = _to_gradient_(probabilities, labels[part], label_smoothing, group)
+            grad_logits = (grad_logits if scale == 1 else grad_logits.mul_(scale)).to(hidden.dtype)
             # Rows without a label have no gradient. Masking here spares a pass over the vocabulary.
             trained = (labels[part] != IGNORE_INDEX)[:, None].to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part]).mul_(trained)
             if grad_weight is not None:
                 _add_product_(grad_weight, grad_logits.T, hidden[part] * trained)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.scale = weight.dtype, scale
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(token_losses, correct)
         return loss_sum, token_losses, correct
@@ -107,13 +119,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grad_loss / ctx.scale
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            grad_hidden = grad_hidden * factor.to(grad_hidden.dtype)
         if grad_weight is not None:
             # Scaled in fp32 and rounded once, without a second fp32 tensor of the weight's size.
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
-        return grad_hidden, grad_weight, None, None, None, None
+            grad_weight = torch.mul(grad_weight, factor, out=scaled)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, LossOutput]:

@@ -49,7 +49,7 @@ class Accumulation:
         self.engine.begin_step(len(rows))
         for row, weight in zip(rows, weights, strict=True):
             part = own_part(row, self.mesh).to(self.mesh.device)
-            output = self.model.loss(part, self.label_smoothing)
+            output = self.model.loss(part, self.label_smoothing, upstream=weight)
             on_loss(output, part)
             (output.loss_sum * weight).backward()
             self.engine.end_backward()

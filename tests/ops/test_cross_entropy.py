@@ -123,3 +123,30 @@ def test_bf16_is_near_fp32(device):
     for ours, theirs in zip((hidden.grad, weight.grad), (exact[0].grad, exact[1].grad), strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - theirs).norm() / theirs.norm() < 2e-2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_fp16_gradients_are_rounded_after_the_loss_scale(device):
+    """A model that is sure of its labels: gradients of 1e-7 and less, which float16 holds once they are scaled."""
+    hidden, weight, _ = random_case(torch.float16, device)
+    for tensor in (hidden, weight):
+        tensor.data[:, 1:] /= 64
+    hidden.data[:, 0], weight.data[:-1, 0], weight.data[-1, 0] = 1, 0, 14.5  # each other token has p = 5e-7
+    labels = torch.full((TOKENS,), VOCAB - 1, device=device)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    scale = 2.0**16
+    expected = torch.autograd.grad(by_torch(*exact, labels, 0.0) * scale, exact)
+    found = torch.autograd.grad(
+        linear_cross_entropy(hidden, weight, labels, upstream=scale).loss_sum * scale, (hidden, weight)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_comes_upstream_need_not_be_what_was_foretold(dtype):
+    hidden, weight, labels = random_case(dtype)
+    plain = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).loss_sum * 3, (hidden, weight))
+    other = linear_cross_entropy(hidden, weight, labels, upstream=8.0).loss_sum
+    for ours, expected in zip(torch.autograd.grad(other * 3, (hidden, weight)), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=3e-3, atol=1e-3)
