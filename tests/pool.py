@@ -29,7 +29,8 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 class _Pool:
     def __init__(self) -> None:
         self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "numpy"])
+        # imported once, for all workers to inherit
+        self.context.set_forkserver_preload(["internlm.checkpoint.checkpointer", "torch.distributed.device_mesh"])
         self.workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:

@@ -23,6 +23,7 @@ from tests.solver.tiny import (
     global_rows,
     make_config,
     train_engine,
+    train_on,
     train_reference,
     train_step,
 )
@@ -38,8 +39,9 @@ FP16: dict[str, Any] = {
 
 def cases(rank: int, world_size: int, chain: Chain, references: dict[float, Run]) -> dict[Any, dict[str, float]]:
     """Differences to the references, for accumulation 1 and 3, with clipping and without."""
+    mesh = build_mesh(make_config(chain).parallel, World(rank, rank, world_size, CPU))
     return {
-        (accumulation, clip): difference(train_engine(rank, world_size, make_config(chain, clip), accumulation), run)
+        (accumulation, clip): difference(train_on(mesh, make_config(chain, clip), accumulation), run)
         for accumulation in (1, 3)
         for clip, run in references.items()
     }

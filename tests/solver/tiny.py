@@ -131,13 +131,18 @@ def train_engine(
     rank: int, world_size: int, config: Config, accumulation: int, steps: int = 5, device: torch.device = CPU
 ) -> Run:
     """The same by the engine, on this rank of the process group."""
-    mesh = build_mesh(config.parallel, World(rank, rank, world_size, device))
+    return train_on(build_mesh(config.parallel, World(rank, rank, world_size, device)), config, accumulation, steps)
+
+
+def train_on(mesh: Mesh, config: Config, accumulation: int, steps: int = 5) -> Run:
+    """The same on a mesh that exists already."""
     model, engine = build_engine(config, mesh)
     run = Run()
     for step in range(steps):
         loss, norm = train_step(model, engine, mesh, step, accumulation)
         run.losses.append(loss)
         run.norms.append(norm)
+    engine.wait()  # what its lane still fetches must not mix with the next engine's transfers on this mesh
     run.parameters = {name: engine.full_parameter(name) for name in engine.parameter_names()}
     return run
 
