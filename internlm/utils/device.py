@@ -109,15 +109,24 @@ def _data_sheet_peak(device_name: str) -> float | None:
 
 
 def _measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matrix products, after one to warm up."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for attempt in range(4):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        if attempt > 0:
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    """FLOP/s of the fastest of some square matrix products, which grow until one takes 20 ms.
+
+    A CPU without 16-bit arithmetic would need seconds for a size that a GPU does not feel.
+    """
+    best, size = 0.0, 256
+    while size <= 8192:
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = min(_seconds_of_product(a) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > 0.02:
+            break
+        size *= 2
+    return best
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    synchronize(a.device)
+    start = time.perf_counter()
+    a @ a
+    synchronize(a.device)
+    return time.perf_counter() - start

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.utils.device import _data_sheet_peak, peak_flops, torch_dtype
+from internlm.utils.device import _data_sheet_peak, _measure_peak, peak_flops, torch_dtype
 from internlm.utils.errors import UserError
 from internlm.utils.logger import common_warning, get_logger, log_once, setup_logging
 from internlm.utils.timers import DeviceTimer, Timer
@@ -106,6 +106,13 @@ def test_cpu_peak_is_measured_once_and_said(capsys: pytest.CaptureFixture[str]) 
     assert 1e8 < first < 1e15
     assert peak_flops(cpu, torch.float32) == first
     assert capsys.readouterr().out.count("by a matrix product") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_measuring_the_peak_takes_no_time_to_speak_of(dtype: torch.dtype) -> None:
+    start = time.process_time()
+    assert _measure_peak(torch.device("cpu"), dtype) > 1e8
+    assert time.process_time() - start < 2  # CPU seconds; without 16-bit units, one product of size 1024 takes 2
 
 
 def test_cpu_memory_is_a_peak_in_bytes() -> None:
