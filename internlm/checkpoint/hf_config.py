@@ -12,6 +12,8 @@ _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "internlm": "InternLMForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
 }
@@ -65,9 +67,37 @@ def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
     }
     if layout == "qwen2":
         return {**common, "use_sliding_window": False}
-    if layout == "qwen3":
-        return {**common, "use_sliding_window": False, "attention_bias": model.qkv_bias}
+    if layout == "mixtral":
+        experts = {"num_local_experts": model.num_experts, "num_experts_per_tok": model.moe.top_k}
+        return {**common, **experts, "intermediate_size": model.expert_size, "sliding_window": None}
+    if layout in ("qwen3", "qwen3_moe"):
+        experts = _qwen3_experts(model) if layout == "qwen3_moe" else {}
+        return {**common, **experts, "use_sliding_window": False, "attention_bias": model.qkv_bias}
     return {**common, "attention_bias": model.qkv_bias, "mlp_bias": False}
+
+
+def _qwen3_experts(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "moe_intermediate_size": model.expert_size,
+        "norm_topk_prob": model.moe.normalises,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _experts(hf: dict[str, Any], layout: str) -> dict[str, Any]:
+    """The keys of the model section that describe experts."""
+    if layout not in ("mixtral", "qwen3_moe"):
+        return {}
+    of_qwen = layout == "qwen3_moe"
+    moe = {
+        "top_k": hf.get("num_experts_per_tok", 8 if of_qwen else 2),
+        "intermediate_size": hf.get("moe_intermediate_size", 768) if of_qwen else hf["intermediate_size"],
+        "norm_topk": hf.get("norm_topk_prob", False) if of_qwen else True,
+    }
+    return {"num_experts": hf.get("num_experts", hf.get("num_local_experts", 128 if of_qwen else 8)), "moe": moe}
 
 
 def _auto_map(layout: str) -> dict[str, str]:
@@ -108,8 +138,9 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "qkv_bias": True if layout == "qwen2" else bias,
         "out_bias": False if layout == "qwen2" else bias,
-        "qk_norm": layout == "qwen3",
+        "qk_norm": layout in ("qwen3", "qwen3_moe"),
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        **_experts(hf, layout),
     }
 
 
@@ -117,9 +148,14 @@ def preset_of(hf: dict[str, Any]) -> str:
     """The model_type whose preset comes nearest."""
     if hf["model_type"] == "llama":
         return "INTERNLM" if hf.get("attention_bias") else "LLAMA2"
-    return {"internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC", "qwen2": "QWEN2", "qwen3": "QWEN3"}[
-        hf["model_type"]
-    ]
+    return {
+        "internlm": "INTERNLM",
+        "internlm2": "INTERNLM2_PUBLIC",
+        "qwen2": "QWEN2",
+        "qwen3": "QWEN3",
+        "mixtral": "MIXTRAL",
+        "qwen3_moe": "QWEN3_MOE",
+    }[hf["model_type"]]
 
 
 def check_same(model: ModelConfig, found: dict[str, Any], file: str) -> None:
@@ -129,7 +165,15 @@ def check_same(model: ModelConfig, found: dict[str, Any], file: str) -> None:
         "num_kv_attention_heads": model.num_kv_heads,
         "head_dim": model.head_size,
         "intermediate_size": model.ffn_size,
+        "moe.top_k": model.moe.top_k,
+        "moe.intermediate_size": model.expert_size,
+        "moe.norm_topk": model.moe.normalises,
     }
+    found = {**found, **{f"moe.{key}": value for key, value in found.get("moe", {}).items()}}
+    if found.pop("moe", None):  # experts have the width of moe.intermediate_size, and no layer is dense
+        del found["intermediate_size"]
+    elif model.num_experts > 1:
+        found["num_experts"] = 1
     differing = {key: value for key, value in found.items() if ours[key] != value}
     for key in [key for key in differing if key in _FREE]:
         logger.warning(f"model.{key} is {ours[key]}, {file} says {differing.pop(key)}: the config's value is used")
@@ -155,6 +199,9 @@ def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": hf.get("mlp_bias", False),
         "use_sliding_window": hf.get("use_sliding_window", False),
+        "sliding_window": hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None,
+        "decoder_sparse_step": hf.get("decoder_sparse_step", 1) != 1,
+        "mlp_only_layers": bool(hf.get("mlp_only_layers")),
         "quantization_config": hf.get("quantization_config") is not None,
         # "dynamic" changes positions beyond max_position_embeddings only.
         "rope_scaling": rope["rope_type"] not in ("default", "dynamic"),

@@ -9,6 +9,8 @@ What no index can express (rotary pairing, the normalised head) is done on whole
 | llama | Llama's names; biases on q, k, v and o or on none | by itself |
 | qwen2 | the same names; biases on q, k, v | by itself |
 | qwen3 | the same names; norms on q and k, biases on all four or none | by itself |
+| mixtral | the same names; experts instead of the feed-forward layer | by itself |
+| qwen3_moe | those of qwen3; experts instead of the feed-forward layer | by itself |
 | internlm | the same names; what InternLM published in 2023 | with remote code |
 | internlm2 | fused wqkv grouped by key/value head, as InternLM2 publishes | with remote code |
 """
@@ -54,6 +56,27 @@ _LLAMA: dict[str, list[tuple[str, Index]]] = {
     "head.weight": [("lm_head.weight", ALL)],
 }
 
+# {e} is the expert, the first index of the native parameter.
+_MIXTRAL: dict[str, list[tuple[str, Index]]] = {
+    **_LLAMA,
+    "layers.{i}.feed_forward.router.weight": [("model.layers.{i}.block_sparse_moe.gate.weight", ALL)],
+    "layers.{i}.feed_forward.experts.w13": [
+        ("model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight", (0,)),
+        ("model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight", (1,)),
+    ],
+    "layers.{i}.feed_forward.experts.w2": [("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight", ALL)],
+}
+
+_QWEN3_MOE: dict[str, list[tuple[str, Index]]] = {
+    **_LLAMA,
+    "layers.{i}.feed_forward.router.weight": [("model.layers.{i}.mlp.gate.weight", ALL)],
+    "layers.{i}.feed_forward.experts.w13": [
+        ("model.layers.{i}.mlp.experts.{e}.gate_proj.weight", (0,)),
+        ("model.layers.{i}.mlp.experts.{e}.up_proj.weight", (1,)),
+    ],
+    "layers.{i}.feed_forward.experts.w2": [("model.layers.{i}.mlp.experts.{e}.down_proj.weight", ALL)],
+}
+
 _INTERNLM2: dict[str, list[tuple[str, Index]]] = {
     "embedding.weight": [("model.tok_embeddings.weight", ALL)],
     "layers.{i}.attention_norm.weight": [("model.layers.{i}.attention_norm.weight", ALL)],
@@ -71,7 +94,15 @@ _INTERNLM2: dict[str, list[tuple[str, Index]]] = {
     "head.weight": [("output.weight", ALL)],
 }
 
-LAYOUTS = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "internlm": _LLAMA, "internlm2": _INTERNLM2}
+LAYOUTS = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "mixtral": _MIXTRAL,
+    "qwen3_moe": _QWEN3_MOE,
+    "internlm": _LLAMA,
+    "internlm2": _INTERNLM2,
+}
 REMOTE_CODE = ("internlm", "internlm2")  # layouts whose model class is not part of transformers
 
 
@@ -102,6 +133,8 @@ def native_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def default_layout(model: ModelConfig) -> str:
     """The layout that transformers loads without remote code: INTERNLM, INTERNLM2_PUBLIC and LLAMA2 fit llama."""
+    if model.num_experts > 1:
+        return "qwen3_moe" if model.qk_norm else "mixtral"
     if model.qk_norm:
         return "qwen3"
     return "qwen2" if model.qkv_bias and not model.out_bias else "llama"
@@ -109,22 +142,36 @@ def default_layout(model: ModelConfig) -> str:
 
 def check_layout(layout: str, model: ModelConfig) -> None:
     """Raise UserError naming the switch where `layout` has no place for a part of the model."""
+    experts = (model.num_experts > 1, f"num_experts={model.num_experts}")
     same_biases = model.qkv_bias == model.out_bias
     biases = f"qkv_bias={model.qkv_bias}, out_bias={model.out_bias}"
     problems = {
-        "llama": [(not same_biases, biases), (model.qk_norm, "qk_norm=True")],
-        "qwen2": [(not model.qkv_bias or model.out_bias, biases), (model.qk_norm, "qk_norm=True")],
-        "qwen3": [(not same_biases, biases), (not model.qk_norm, "qk_norm=False")],
+        "llama": [(not same_biases, biases), (model.qk_norm, "qk_norm=True"), experts],
+        "qwen2": [(not model.qkv_bias or model.out_bias, biases), (model.qk_norm, "qk_norm=True"), experts],
+        "qwen3": [(not same_biases, biases), (not model.qk_norm, "qk_norm=False"), experts],
+        "mixtral": [
+            (model.qkv_bias or model.out_bias, biases),
+            (model.qk_norm, "qk_norm=True"),
+            (not model.moe.normalises, "weights of experts that don't add up to one"),
+            *_beyond_plain_experts(model),
+        ],
+        "qwen3_moe": [
+            (not same_biases, biases),
+            (not model.qk_norm, "qk_norm=False"),
+            *_beyond_plain_experts(model),
+        ],
         "internlm": [
             (not same_biases, biases),
             (model.qk_norm, "qk_norm=True"),
             (model.q_per_kv != 1, f"num_kv_attention_heads={model.num_kv_heads}"),
             (model.head_size * model.num_attention_heads != model.hidden_size, f"head_dim={model.head_size}"),
+            experts,
         ],
         "internlm2": [
             (not same_biases, biases),
             (model.qk_norm, "qk_norm=True"),
             (model.head_size * model.num_attention_heads != model.hidden_size, f"head_dim={model.head_size}"),
+            experts,
         ],
     }
     if layout not in problems:
@@ -136,18 +183,34 @@ def check_layout(layout: str, model: ModelConfig) -> None:
         raise UserError(f"the Hugging Face layout {layout} cannot hold a model with {', '.join(found)}: {advice}")
 
 
+def _beyond_plain_experts(model: ModelConfig) -> list[tuple[bool, str]]:
+    """What the families of transformers lack, as `check_layout` lists it."""
+    moe = model.moe
+    return [
+        (model.num_experts == 1, "num_experts=1"),
+        (moe.score != "softmax", f"moe.score={moe.score!r}"),
+        (moe.num_shared_experts > 0, f"moe.num_shared_experts={moe.num_shared_experts}"),
+        (moe.bias_rate > 0, f"moe.bias_rate={moe.bias_rate}"),
+    ]
+
+
 def entries(layout: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
     """All Hugging Face tensors of a model with these native shapes; those of one parameter are neighbours."""
     table, found = LAYOUTS[layout], []
     for native, shape in shapes.items():
         layer = re.match(r"layers\.(\d+)\.", native)
         generic = native if layer is None else f"layers.{{i}}.{native[layer.end() :]}"
-        for name, index in table[generic]:
+        rows = [
+            (name.format(i=layer and layer[1], e=expert), (expert, *index) if "{e}" in name else index)
+            for expert in range(shape[0] if ".experts." in native else 1)
+            for name, index in table[generic]
+        ]
+        for name, index in rows:
             part = torch.empty(shape, device="meta")[index].shape
             # Matrices keep their input dim, all others become rows; vectors become flat.
             is_vector = native.endswith(".bias") or len(part) == 1
             flat = (part.numel(),) if is_vector else (part[:-1].numel(), part[-1])
-            found.append(Entry(name if layer is None else name.format(i=layer[1]), flat, native, index))
+            found.append(Entry(name, flat, native, index))
     return found
 
 

@@ -62,6 +62,19 @@ def heads(config: Config) -> Problems:
         )
 
 
+def experts(config: Config) -> Problems:
+    model, moe = config.model, config.model.moe
+    if model.num_experts == 1:
+        return
+    if moe.top_k > model.num_experts:
+        yield f"model.moe.top_k = {moe.top_k} exceeds model.num_experts = {model.num_experts}; a token needs so many"
+    if moe.mix_shared and moe.num_shared_experts != 1:
+        yield (
+            f"model.moe.mix_shared weighs one shared expert against the routed ones, but model.moe.num_shared_experts "
+            f"= {moe.num_shared_experts}; set it to 1"
+        )
+
+
 def precision(config: Config) -> Problems:
     engine = config.hybrid_zero_optimizer
     if engine.master == "split" and config.model.dtype == "torch.float16":
@@ -193,6 +206,7 @@ def _mixture(config: Config) -> Problems:
 
 CHECKS: tuple[Callable[[Config], Problems], ...] = (
     heads,
+    experts,
     precision,
     batches,
     schedule,

@@ -62,6 +62,8 @@ def unavailable(config: Config) -> Problems:
     parallel = config.parallel
     if parallel.pipeline.size > 1:
         yield f"parallel.pipeline.size = {parallel.pipeline.size}: pipeline parallel is not available yet; set 1"
+    if parallel.expert.size > 1:
+        yield f"parallel.expert.size = {parallel.expert.size}: expert parallel is not available yet; set 1"
     if _parts_of_a_row(parallel) > 1:
         yield f"parallel.context = {parallel.context}: sequence parallel is not available yet; set sizes of 1"
 

@@ -158,10 +158,35 @@ def _zero1_size(value: int) -> int:
     return max(value, -1)
 
 
+def _drop_tokens(value: Any, section: Tree) -> Tree:
+    if value:
+        return {}
+    for key in ("capacity_factor", "moe_capacity_factor"):  # without dropping it had no effect
+        section.pop(key, None)
+    return {"model.moe.capacity_factor": None}
+
+
+def _experts(prefix: str) -> tuple[OldSpelling, ...]:
+    """The gate's keys: `moe_*` in the model section of 0.2.1, a section of their own in InternEvo."""
+    return (
+        OldSpelling(f"{prefix}drop_tokens", "False: `model.moe.capacity_factor=None`; True: dropped", _drop_tokens),
+        renamed(f"{prefix}top_k" if prefix == "moe." else f"{prefix}gate_k", "model.moe.top_k"),
+        renamed(f"{prefix}capacity_factor", "model.moe.capacity_factor"),
+        renamed(f"{prefix}min_capacity", "model.moe.min_capacity"),
+        dropped(f"{prefix}eval_capacity_factor", "evaluation drops no tokens"),
+        dropped(f"{prefix}use_rts", "over capacity, tokens of the lowest score are dropped"),
+        dropped(
+            f"{prefix}noisy_gate_policy",
+            "off by default",
+            _is(None),
+            "random numbers would differ between layouts; remove the key and balance by loss.moe_loss_coeff",
+        ),
+    )
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 _AUTOMATIC = "the fastest way is chosen where it runs"
-_DENSE = "no effect on a dense model"
 _DERIVED = "computed by the program"
 
 TABLE: tuple[OldSpelling, ...] = (
@@ -179,7 +204,9 @@ TABLE: tuple[OldSpelling, ...] = (
     dropped("metric_dtype", "metrics are always computed in fp32"),
     dropped("only_load_lr", "off by default", _falsy, "the rate always comes from adam.lr; remove the key"),
     dropped("batch_count", _DERIVED),
-    dropped("moe", _DENSE),
+    *_experts("moe."),
+    dropped("moe.parallel_mode", "experts are dealt out by `parallel.expert.size`"),
+    dropped("moe", "its keys are those of `model.moe`", _falsy, "see model.moe.* for what there is"),
     dropped(
         "grad_profiling",
         "off by default",
@@ -264,7 +291,6 @@ TABLE: tuple[OldSpelling, ...] = (
     renamed("hybrid_zero_optimizer.zero_overlap_communication", "hybrid_zero_optimizer.overlap_sync_grad"),
     dropped("hybrid_zero_optimizer.reduce_bucket_size", "a bucket is a unit: a block, the embedding, the head"),
     respelled("hybrid_zero_optimizer.clip_grad_norm", "negative: 0, no clipping", _number_below(0), lambda value: 0.0),
-    dropped("loss.moe_loss_coeff", _DENSE),
     dropped("adam.adam_beta2_c", "only `beta2_scheduler.c` was ever read"),
     dropped(
         "lr_scheduler.last_epoch",
@@ -306,20 +332,16 @@ TABLE: tuple[OldSpelling, ...] = (
     dropped("model.use_dynamic_ntk_rope", "off by default", _falsy, f"dynamic NTK {NOT_YET}; set False"),
     dropped("model.is_reward", "off by default", _falsy, f"reward heads {NOT_YET}; set False"),
     dropped("model.deepnorm", "off by default", _falsy, "InternLM2 refused it too; set False"),
-    dropped("model.num_experts", "dense", _is(1), f"mixture of experts {NOT_YET}; set 1"),
-    *(
-        dropped(f"model.{key}", _DENSE)
-        for key in (
-            "moe_use_residual",
-            "moe_type",
-            "moe_gate_k",
-            "moe_capacity_factor",
-            "moe_eval_capacity_factor",
-            "moe_min_capacity",
-            "moe_noisy_gate_policy",
-            "moe_drop_tokens",
-            "moe_use_rts",
-        )
+    *_experts("model.moe_"),
+    OldSpelling(
+        "model.moe_use_residual",
+        "True: `model.moe.num_shared_experts=1` and `model.moe.mix_shared=True`; False: dropped",
+        lambda v, section: {"model.moe.num_shared_experts": 1, "model.moe.mix_shared": True} if v else {},
+    ),
+    OldSpelling(
+        "model.moe_type",
+        "`MegaBlock-D`: `model.moe.capacity_factor=None`; others: dropped (grouped GEMMs either way)",
+        lambda v, section: {"model.moe.capacity_factor": None} if v == "MegaBlock-D" else {},
     ),
     # parallel
     respelled(
@@ -352,4 +374,4 @@ OLD_FAMILIES: dict[str, Tree] = {
     "INTERNLM2_PUBLIC": {"qkv_bias": True, "out_bias": True},
     "LLAMA2": {"qkv_bias": True, "out_bias": True, "qk_interleaved": True},
 }
-UNBUILT_FAMILIES = {"INTERNLM_MoE": "mixture of experts", "LLAVA": "image input"}
+UNBUILT_FAMILIES = {"LLAVA": "image input"}

@@ -53,7 +53,16 @@ def _outcome(row: OldSpelling, new: Tree) -> str:
 
 def settle(tree: Tree, report: Report) -> Tree:
     """What depends on several old keys of the merged `tree`; returns the tree with it settled."""
-    return _settle_load(_settle_family(tree, report), report)
+    return _settle_load(_settle_moe_loss(_settle_family(tree, report), report), report)
+
+
+def _settle_moe_loss(tree: Tree, report: Report) -> Tree:
+    """A file with gate keys of 2023 that is silent on the balancing loss means the default of then."""
+    loss = tree.get("loss", {})
+    if not any(key.startswith(("moe.", "model.moe_")) for key in report.seen) or "moe_loss_coeff" in loss:
+        return tree
+    report.notes.append("loss.moe_loss_coeff = 1.0: what the framework of 2023 assumed where a file is silent")
+    return {**tree, "loss": {**loss, "moe_loss_coeff": 1.0}}
 
 
 def _settle_family(tree: Tree, report: Report) -> Tree:

@@ -25,6 +25,43 @@ def _value(section: Any, key: str) -> Any:
     return section.get(key) if isinstance(section, dict) else getattr(section, key, None)
 
 
+class MoeConfig(Section):
+    """Mixture of experts: what the routers of a model with `num_experts` > 1 do with a token."""
+
+    top_k: PositiveInt = Field(2, description="experts that compute a token")
+    intermediate_size: PositiveInt | None = Field(
+        None, description="width of an expert; None: that of a dense feed-forward layer"
+    )
+    num_shared_experts: Annotated[int, Field(ge=0)] = Field(
+        0, description="experts that compute every token, built as one layer of so many widths"
+    )
+    mix_shared: bool = Field(
+        False, description="routed and shared output weighted by a softmax of the token instead of added (one shared)"
+    )
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="router scores: shares, or each on its own")
+    norm_topk: bool | None = Field(
+        None, description="weights of a token's experts divided by their sum; None: when top_k > 1"
+    )
+    router_fp32: bool = Field(True, description="router weight and logits in fp32 whatever the model's dtype")
+    balance_over: Literal["all", "first"] = Field(
+        "all", description="balancing loss counts all chosen experts of a token, or the first choice alone (GShard)"
+    )
+    bias_rate: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="balancing without a loss: each step moves the bias of an expert's score by this much; 0: off"
+    )
+    capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="in training an expert takes at most this times its fair share of a row's tokens, those of highest "
+        "score; None: dropless",
+    )
+    min_capacity: PositiveInt = Field(4, description="tokens of a row that an expert takes at least")
+
+    @property
+    def normalises(self) -> bool:
+        """Whether a token's weights add up to one."""
+        return self.top_k > 1 if self.norm_topk is None else self.norm_topk
+
+
 class ModelConfig(Section):
     """Sizes and switches of one `Transformer`. A `model_type` preset fills what the file leaves out."""
 
@@ -43,6 +80,8 @@ class ModelConfig(Section):
     intermediate_size: PositiveInt | None = Field(
         None, description="feed-forward width, exact; None: from mlp_ratio and multiple_of"
     )
+    num_experts: PositiveInt = Field(1, description="experts of each feed-forward layer; 1: a dense layer")
+    moe: MoeConfig = Field(MoeConfig(), description="mixture of experts, with num_experts > 1")
     dtype: Dtype = Field(
         "torch.bfloat16",
         description="dtype of parameters and activations; torch.float32 multiplies matrices in full precision, "
@@ -96,6 +135,11 @@ class ModelConfig(Section):
             return self.intermediate_size
         width = int(self.hidden_size * self.mlp_ratio)
         return (width + self.multiple_of - 1) // self.multiple_of * self.multiple_of
+
+    @property
+    def expert_size(self) -> int:
+        """Width of one expert."""
+        return self.moe.intermediate_size or self.ffn_size
 
     @property
     def recompute_fraction(self) -> float:
@@ -231,6 +275,12 @@ class LossConfig(Section):
         "token",
         description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means",
     )
+    moe_loss_coeff: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="weight of the balancing loss of experts: mean over the step's rows, sum over layers"
+    )
+    moe_z_loss_coeff: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the router z-loss, which keeps its logits small; counted likewise"
+    )
 
 
 class AxisConfig(Section):
@@ -316,7 +366,7 @@ class Config(Section):
     JOB_NAME: str = Field("AnonymousJob", description="label of the run")
     run_dir: str | None = Field(None, description="folder of all outputs; None: runs/JOB_NAME")
     seed: int = Field(1024, description="seed of initial values")
-    model_type: str = Field("INTERNLM", description="preset: INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3")
+    model_type: str = Field("INTERNLM", description="preset: one of the families in the section `model`")
     use_fp32_norm: bool = Field(False, description="keep norm weights in fp32")
     model: ModelConfig = Field(description="the transformer")
     data: DataConfig = Field(description="data and batches")

@@ -11,10 +11,11 @@ from internlm.ops.swiglu import swiglu
 class FeedForward(nn.Module):
     """w2(silu(gate) * up); `w13` holds gate (0) and up (1), so that both are one GEMM."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, size: int | None = None) -> None:
         super().__init__()
-        self.w13 = Linear(config.hidden_size, (2, config.ffn_size), False, dtype)
-        self.w2 = Linear(config.ffn_size, (config.hidden_size,), False, dtype)
+        size = config.ffn_size if size is None else size
+        self.w13 = Linear(config.hidden_size, (2, size), False, dtype)
+        self.w2 = Linear(size, (config.hidden_size,), False, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""

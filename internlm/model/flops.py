@@ -20,20 +20,32 @@ class Flops(NamedTuple):
 
 
 def num_matmul_parameters(config: ModelConfig) -> int:
-    """Weights that tokens are multiplied with: the head counts (tied or not), the embedding's look-up does not."""
+    """Weights that a token is multiplied with: the head counts (tied or not), the embedding's look-up does not, nor do
+    experts that compute other tokens."""
     hidden, size = config.hidden_size, config.head_size
     wqkv = hidden * config.num_kv_heads * (config.q_per_kv + 2) * size
     wo = hidden * config.num_attention_heads * size
     feed_forward = 3 * hidden * config.ffn_size
+    if config.num_experts > 1:
+        num_used = config.moe.top_k + config.moe.num_shared_experts
+        feed_forward = 3 * hidden * config.expert_size * num_used
+        feed_forward += hidden * (config.num_experts + 2 * config.moe.mix_shared)
     return config.num_layers * (wqkv + wo + feed_forward) + config.vocab_size * hidden
 
 
 def num_parameters(config: ModelConfig) -> int:
     """All parameters of the model, tied ones once."""
+    unused = 3 * config.hidden_size * config.expert_size * (config.num_experts - config.moe.top_k)
+    return num_active_parameters(config) + (config.num_layers * unused if config.num_experts > 1 else 0)
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token uses; without experts, all of them."""
     hidden, size = config.hidden_size, config.head_size
     per_layer = 2 * hidden  # norms
     per_layer += config.qkv_bias * config.num_kv_heads * (config.q_per_kv + 2) * size
     per_layer += config.out_bias * hidden + config.qk_norm * 2 * size
+    per_layer += 2 * config.moe.mix_shared if config.num_experts > 1 else 0
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * hidden
     return num_matmul_parameters(config) + config.num_layers * per_layer + hidden + embedding
 

@@ -19,6 +19,16 @@ from internlm.core.random import seed_of
 # (one core draws about 50 million normals a second, two minutes for 7B), and how many there are changes nothing.
 _PIECE = 2**20
 
+# Experts start as a dense layer does; the router and the mixture of shared experts as other projections of the token.
+_EXPERT_ROLES = {
+    "feed_forward.experts.w13": "feed_forward.w13.weight",
+    "feed_forward.experts.w2": "feed_forward.w2.weight",
+    "feed_forward.shared.w13.weight": "feed_forward.w13.weight",
+    "feed_forward.shared.w2.weight": "feed_forward.w2.weight",
+    "feed_forward.router.weight": "feed_forward.w13.weight",
+    "feed_forward.mix.weight": "feed_forward.w13.weight",
+}
+
 
 def initial_value(
     name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, device: torch.device | str = "cpu"
@@ -39,6 +49,7 @@ def initial_std(name: str, config: ModelConfig) -> float:
     """Standard deviation of the initial values of the weight matrix `name`."""
     layer = re.match(r"layers\.(\d+)\.", name)
     role = name[layer.end() :] if layer else name
+    role = _EXPERT_ROLES.get(role, role)
     is_output = role in ("attention.wo.weight", "feed_forward.w2.weight")
     scale = 1 / sqrt(2 * (int(layer[1]) + 1)) if layer and is_output and config.use_scaled_init else 1.0
     if config.init == "internlm":

@@ -12,6 +12,7 @@ from internlm.model.attention import Attention, KVCache, LayerCache
 from internlm.model.batch import Batch
 from internlm.model.feed_forward import FeedForward
 from internlm.model.layers import Embedding, Head, RMSNorm
+from internlm.model.moe import MoE
 from internlm.ops.cross_entropy import LossOutput
 from internlm.ops.rotary import rotary_tables
 from internlm.ops.segments import Segments
@@ -28,7 +29,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, norm_dtype)
         self.attention = Attention(config, dtype, norm_dtype)
         self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, norm_dtype)
-        self.feed_forward = FeedForward(config, dtype)
+        self.feed_forward = FeedForward(config, dtype) if config.num_experts == 1 else MoE(config, dtype)
 
     def forward(
         self,

@@ -29,6 +29,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("QWEN2", {"num_kv_attention_heads": 1}),
     "qwen2_tied": ("QWEN2", {"num_kv_attention_heads": 2, "tie_word_embeddings": True, "qk_interleaved": True}),
     "qwen3": ("QWEN3", {"num_kv_attention_heads": 2, "head_dim": 16}),
+    "mixtral": ("MIXTRAL", {"num_kv_attention_heads": 2, "num_experts": 4}),
+    "qwen3_moe": ("QWEN3_MOE", {"head_dim": 16, "num_experts": 6, "moe": {"top_k": 3, "intermediate_size": 40}}),
+    "qwen3_moe_raw": (
+        "QWEN3_MOE",
+        {"num_experts": 5, "moe": {"top_k": 2, "norm_topk": False}, "tie_word_embeddings": True},
+    ),
     "qwen3_tied": ("QWEN3", {"head_dim": 16, "tie_word_embeddings": True, "qk_interleaved": True}),
 }
 

@@ -14,7 +14,15 @@ from internlm.utils.errors import UserError
 from tests.checkpoint.hf_models import CASES, named, tiny_run
 from tests.model.tiny import random_batch
 
-LAYOUT_OF = {"INTERNLM": "llama", "INTERNLM2_PUBLIC": "llama", "LLAMA2": "llama", "QWEN2": "qwen2", "QWEN3": "qwen3"}
+LAYOUT_OF = {
+    "INTERNLM": "llama",
+    "INTERNLM2_PUBLIC": "llama",
+    "LLAMA2": "llama",
+    "QWEN2": "qwen2",
+    "QWEN3": "qwen3",
+    "MIXTRAL": "mixtral",
+    "QWEN3_MOE": "qwen3_moe",
+}
 
 
 @pytest.mark.parametrize("case", CASES)

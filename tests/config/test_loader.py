@@ -164,7 +164,7 @@ def test_overrides(small):
         ("model.qk_norm=1", "expected bool"),
         ("ckpt.load_ckpt_info.content=['modle']", "expected list of 'model' | 'optimizer'"),
         ("model_type=INTERNLM3", "did you mean 'INTERNLM'?"),
-        ("model_type=INTERNLM_MoE", "mixture of experts is not available yet"),
+        ("model_type=LLAVA", "image input is not available yet"),
     ],
 )
 def test_a_wrong_override_names_key_value_and_fix(small, override, expected):

@@ -6,7 +6,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from internlm.config.schema import ModelConfig
-from internlm.model.flops import flops_per_token, model_flops, num_matmul_parameters, num_parameters
+from internlm.model.flops import (
+    flops_per_token,
+    model_flops,
+    num_active_parameters,
+    num_matmul_parameters,
+    num_parameters,
+)
 from internlm.model.transformer import Transformer
 from tests.model.tiny import random_batch, random_model, tiny_config
 
@@ -14,6 +20,8 @@ SWITCHES = [
     {},
     {"qkv_bias": True, "out_bias": True, "num_kv_attention_heads": None},
     {"qk_norm": True, "head_dim": 16, "tie_word_embeddings": True},
+    {"num_experts": 4, "moe": {"top_k": 2, "intermediate_size": 40, "num_shared_experts": 2}},
+    {"num_experts": 3, "moe": {"top_k": 1, "num_shared_experts": 1, "mix_shared": True}},
 ]
 INTERNLM_7B = ModelConfig(
     num_layers=32, hidden_size=4096, vocab_size=103168, num_attention_heads=32, qkv_bias=True, out_bias=True
@@ -25,7 +33,10 @@ def test_parameters_of_the_model(options):
     config = tiny_config(**options)
     named = dict(Transformer(config).named_parameters())
     assert num_parameters(config) == sum(p.numel() for p in named.values())
-    matrices = [p.numel() for name, p in named.items() if p.dim() > 1 and name.endswith(".weight")]
+    used = config.moe.top_k / config.num_experts  # of the experts
+    counted = {name: p.numel() * (used if ".experts." in name else 1) for name, p in named.items()}
+    assert num_active_parameters(config) == sum(counted.values())
+    matrices = [counted[name] for name, p in named.items() if p.dim() > 1 and not name.endswith(".bias")]
     embedding = named["embedding.weight"].numel()
     assert num_matmul_parameters(config) == sum(matrices) - (0 if config.tie_word_embeddings else embedding)
 

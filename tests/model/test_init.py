@@ -66,6 +66,15 @@ def test_internlm_table():
             assert torch.equal(value, torch.zeros_like(value))
 
 
+def test_experts_start_as_dense_layers_do():
+    moe = {"intermediate_size": 64, "num_shared_experts": 1, "mix_shared": True}
+    named = values(tiny_config(init="internlm", num_experts=16, moe=moe, **SIZES))
+    expected = {"experts.w13": 0.006, "experts.w2": 0.006 / sqrt(6), "shared.w13.weight": 0.006}
+    expected |= {"shared.w2.weight": 0.006 / sqrt(6), "router.weight": 0.006}
+    assert_stds(named, {f"layers.2.feed_forward.{name}": std for name, std in expected.items()})
+    assert not named["layers.2.feed_forward.mix.bias"].any()
+
+
 def test_internlm_unscaled():
     named = values(tiny_config(init="internlm", use_scaled_init=False, **SIZES))
     assert_stds(named, {"layers.2.attention.wo.weight": 0.0015, "layers.2.feed_forward.w2.weight": 0.0015})
