@@ -1,6 +1,6 @@
 """Token generation with a key/value cache, for a batch of prompts of any lengths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from internlm.model.transformer import Transformer
 from internlm.utils.device import default_device
 from internlm.utils.errors import UserError
 
+Progress = Callable[[int, int], None]  # told (tensors read, tensors) while a model is read
+
 _PREFILL = 512  # prompt tokens per row and call: bounds the attention scores of a long prompt
 
 
@@ -25,23 +27,43 @@ def load_model(
 
     `device` None: the GPU if there is one. `dtype` None: that of the folder. Raises UserError.
     """
+    reader = open_model(folder)
+    model = read_model(reader, device, dtype)
+    return model, model.config
+
+
+def open_model(folder: str | Path) -> HFReader | NativeReader:
+    """What a folder holds, before its tensors are read."""
+    return HFReader(folder) if is_hf_folder(folder) else NativeReader(folder)
+
+
+def model_config(reader: HFReader | NativeReader) -> ModelConfig:
+    """The model section of an opened folder, `dtype` as it is stored."""
+    return ModelConfig(**reader.config_model()) if isinstance(reader, HFReader) else reader.config.model
+
+
+def read_model(
+    reader: HFReader | NativeReader,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Transformer:
+    """The model of an opened folder; see `load_model`."""
     target = default_device() if device is None else torch.device(device)
-    reader: HFReader | NativeReader
-    if is_hf_folder(folder):
-        reader = HFReader(folder)
-        config, fp32_norm = ModelConfig(**reader.config_model()), False
-    else:
-        reader = NativeReader(folder)
-        config, fp32_norm = reader.config.model, reader.config.use_fp32_norm
+    config = model_config(reader)
+    fp32_norm = isinstance(reader, NativeReader) and reader.config.use_fp32_norm
     if dtype is not None:
         config = config.model_copy(update={"dtype": str(dtype)})
     with torch.device("meta"):
         model = Transformer(config, fp32_norm)
     model = model.to_empty(device=target).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    for number, (name, parameter) in enumerate(parameters, 1):
         value = reader.value_of(name, tuple(parameter.shape)) if isinstance(reader, HFReader) else reader.read(name)
         parameter.copy_(value)
-    return model, config
+        if progress is not None:
+            progress(number, len(parameters))
+    return model
 
 
 def generate(

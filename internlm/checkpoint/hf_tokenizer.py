@@ -101,6 +101,18 @@ def write_tokenizer(source: TokenizerSource, folder: Path, max_length: int) -> N
     _write_fast_tokenizer(processor, folder / "tokenizer.json")
 
 
+def fast_tokenizer(file: Path) -> Any:
+    """The tokenizer of a tokenizer.json. Raises UserError."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UserError(f'{file} is read by a package that is missing: pip install "internlm[export]"') from error
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises this bare class
+        raise UserError(f"{file} is not a tokenizer that the tokenizers package reads: {error}") from error
+
+
 def _special_ids(processor: SentencePieceProcessor) -> tuple[int, int, int]:
     return processor.bos_id(), processor.eos_id(), processor.unk_id()
 

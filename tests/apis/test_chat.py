@@ -1,0 +1,169 @@
+"""Conversations with a model that knows some by heart; prompts equal to transformers' of the same folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from internlm.apis.chat import ChatModel, Conversation, ReplyOptions, load_chat
+from internlm.apis.sampling import Sampling
+from internlm.apis.terminal import main
+from internlm.data.message import Message, ToolCall
+from internlm.utils.errors import UserError
+from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, SECOND
+
+GREEDY = ReplyOptions(Sampling(), max_new_tokens=200)
+
+
+def ask(chat: ChatModel, text: str, **options: object) -> str:
+    return "".join(chat.reply([Message("user", text)], ReplyOptions(Sampling(), **options)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_answers_are_what_was_learnt(chat: ChatModel, question: str) -> None:
+    reply = chat.reply([Message("user", question)], GREEDY)
+    pieces = list(reply)
+    assert "".join(pieces) == reply.text == ANSWERS[question]
+    assert reply.finish_reason == "stop"
+    assert len(pieces) > 3 and all(pieces)
+    assert reply.num_prompt_tokens == len(chat.prompt_of([Message("user", question)]))
+
+
+@pytest.mark.parametrize("question", CALLS)
+def test_calls_are_read(chat: ChatModel, question: str) -> None:
+    reply = chat.reply([Message("user", question)], GREEDY)
+    list(reply)
+    assert reply.message == Message("assistant", "", tool_calls=(CALLS[question],))
+
+
+def test_prompts_are_those_of_transformers(chat: ChatModel, chat_folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(chat_folder)
+    turns = [("system", "be\nkind"), ("user", "hello"), ("assistant", ANSWERS[HELLO]), ("user", "naïve 书 🦙  x")]
+    dicts = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert chat.prompt_of([Message(*turn) for turn in turns]) == expected
+
+
+def test_a_native_checkpoint_answers_as_its_export(chat_folder: Path) -> None:
+    """Tokenizer and template come from the config of the run."""
+    with load_chat(chat_folder.parent / "native", device="cpu") as native:
+        assert ask(native, HELLO) == ANSWERS[HELLO]
+        assert native.template.name == "internlm2"
+
+
+def test_limits_and_stop_texts(chat: ChatModel) -> None:
+    reply = chat.reply([Message("user", COUNT)], ReplyOptions(Sampling(), max_new_tokens=5))
+    assert ANSWERS[COUNT].startswith("".join(reply)) and reply.text
+    assert (reply.finish_reason, reply.num_new_tokens) == ("length", 5)
+    assert ask(chat, COUNT, stop=(" 12 13",)) == ANSWERS[COUNT].split(" 12 13")[0]
+    assert ask(chat, COUNT, stop=("no such text",)) == ANSWERS[COUNT]
+
+
+def test_too_long_a_prompt_is_refused(chat: ChatModel) -> None:
+    with pytest.raises(UserError, match=r"conversation has \d+ tokens, the limit is 512"):
+        chat.reply([Message("user", "x" * 600)])
+
+
+def test_seeds_repeat_and_differ_otherwise(chat: ChatModel) -> None:
+    hot = Sampling(temperature=3.0)
+    first, again, other = (
+        "".join(chat.reply([Message("user", "hm")], ReplyOptions(hot, 40, seed))) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    unseeded = {"".join(chat.reply([Message("user", "hm")], ReplyOptions(hot, 40))) for _ in range(3)}
+    assert len(unseeded) == 3
+
+
+def test_a_conversation_goes_on_and_starts_anew(chat: ChatModel) -> None:
+    conversation = Conversation(chat)
+    assert "".join(conversation.ask(HELLO, GREEDY)) == ANSWERS[HELLO]
+    assert "".join(conversation.ask(SECOND[0], GREEDY)) == SECOND[1]  # learnt after HELLO only
+    assert "".join(conversation.again(GREEDY)) == SECOND[1]
+    assert [message.content for message in conversation.messages] == [HELLO, ANSWERS[HELLO], *SECOND]
+    saved = json.loads(Conversation(chat, "be kind").as_json())
+    assert saved == {"messages": [{"role": "system", "content": "be kind"}]}
+    conversation.clear()
+    assert not conversation.messages
+    with pytest.raises(UserError, match="nothing was asked"):
+        next(conversation.again())
+
+
+def test_a_stopped_answer_keeps_what_it_said(chat: ChatModel) -> None:
+    conversation = Conversation(chat)
+    pieces = conversation.ask(COUNT, GREEDY)
+    said = next(pieces) + next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert conversation.messages == [Message("user", COUNT), Message("assistant", said)]
+
+
+def test_calls_of_a_conversation(chat: ChatModel) -> None:
+    conversation = Conversation(chat)
+    for _ in conversation.ask("weather?", GREEDY):
+        pass
+    assert conversation.last_calls == (ToolCall("get_weather", {"city": "Shanghai"}),)
+
+
+def test_the_oldest_turns_give_way(chat: ChatModel) -> None:
+    conversation = Conversation(chat, system="s")
+    for _ in range(6):
+        list(conversation.ask("y" * 70 + " " + HELLO, ReplyOptions(Sampling(), 8)))
+    assert conversation.num_forgotten % 2 == 0 and conversation.num_forgotten > 0
+    assert len(conversation.messages) == 12  # all are kept, and fewer are sent
+    sent = [Message("system", "s"), *conversation.messages[conversation.num_forgotten : -1]]
+    assert len(chat.prompt_of(sent)) <= 512 - 8
+    with pytest.raises(UserError, match="limit is 512"):
+        list(conversation.ask("y" * 600))
+
+
+def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "said.jsonl"
+    command = [sys.executable, "-m", "internlm.apis.chat", str(chat_folder), "--temperature=0", "--device=cpu"]
+    lines = (
+        "hello\n/nonsense\n/set top_p 2\n/set max_new_tokens 50\n/system be kind\n/system -\nand \\\nagain?\n"
+        f"/history\n/save {file}\n/clear\n/again\nweather?\n/exit\nnever read"
+    )
+    done = subprocess.run(
+        command, input=lines, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100
+    )
+    shown = done.stdout
+    assert done.returncode == 0, shown
+    for text in (
+        ANSWERS[HELLO],
+        "there is no command /nonsense",
+        "top_p=2.0 must be above 0",
+        "max_new_tokens 50",
+        "be kind",
+        "no system text",
+        "asks for get_weather",
+        "nothing was asked yet",
+    ):
+        assert text in shown, shown
+    turns = json.loads(file.read_text())["messages"]
+    assert [turn["content"] for turn in turns[:3]] == [HELLO, ANSWERS[HELLO], "and \nagain?"]
+
+
+def test_mistakes_on_the_command_line_end_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert "is no checkpoint and holds none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": "nowhere"}, "nowhere does not exist"),
+        ({"template": "nothing"}, "chat template 'nothing'"),
+        ({"max_length": 513}, "max_length 513: the model was made for 2 to 512"),
+    ],
+)
+def test_wrong_options_are_named(chat_folder: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_chat(chat_folder, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_another_model_is_refused(chat_folder: Path, tiny_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer has 512 ids, the model's vocab_size is \d+"):
+        load_chat(chat_folder, tokenizer=tiny_tokenizer, device="cpu")
