@@ -146,10 +146,14 @@ class Conversation:
 
     def again(self, options: ReplyOptions | None = None) -> Iterator[str]:
         """Another answer in place of the last one. Raises UserError when nothing was asked."""
+        return self._answer(self.asked(), options or ReplyOptions())
+
+    def asked(self) -> list[Message]:
+        """The turns up to the last question. Raises UserError when nothing was asked."""
         asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
         if not asked:
             raise UserError("nothing was asked yet")
-        return self._answer(self.messages[: asked[-1] + 1], options or ReplyOptions())
+        return self.messages[: asked[-1] + 1]
 
     def clear(self) -> None:
         """Forgets all turns; the system text stays."""

@@ -63,3 +63,12 @@ def _function(body: str | None) -> ToolCall | None:
         return None
     arguments = call.get("parameters", call.get("arguments", {}))
     return ToolCall(call["name"], arguments) if isinstance(arguments, Mapping) else None
+
+
+def before_calls(text: str) -> str:
+    """The beginning of a growing text that certainly belongs to no call."""
+    found = [place for start in STARTS if (place := text.find(start)) >= 0]
+    if found:
+        return text[: min(found)]
+    held = max((n for start in STARTS for n in range(1, len(start)) if text.endswith(start[:n])), default=0)
+    return text[: len(text) - held]

@@ -31,7 +31,9 @@ FLOORS = {
 # Not needed to train on a CPU: each is used by one file, which says what happens without it.
 OPTIONAL = (
     "datasets",
+    "fastapi",
     "flash_attn",
+    "lm_eval",
     "matplotlib",
     "peft",
     "s3fs",

@@ -1,0 +1,217 @@
+"""Chat completions over HTTP in OpenAI's form, so that its clients talk to a model of ours; see tools/openai_api.py.
+
+The only place that needs fastapi (requirements/serve.txt). What a request asks for and this server can't do is
+refused; only settings that don't change an answer are ignored.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from internlm.apis.batching import BusyError
+from internlm.apis.chat import ChatModel, Reply, ReplyOptions
+from internlm.apis.sampling import Sampling
+from internlm.apis.tool_calls import before_calls
+from internlm.data.message import Message, ToolCall
+from internlm.utils.errors import UserError
+
+NAME_OF_2023 = "internlm"  # what the server of 2023 called its model, with paths /internlm/...
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """The body of a chat completion. Unknown keys are refused, as they might change the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    max_tokens: int | None = Field(None, gt=0)
+    max_completion_tokens: int | None = Field(None, gt=0)
+    max_length: int | None = None  # accepted and without effect, as in 2023
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | None = Field(None, pattern="^(auto|none)$")
+    n: int | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logprobs: bool | None = Field(None, json_schema_extra={"enum": [False]})
+    # these change no answer
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    parallel_tool_calls: bool | None = None
+
+    def options(self, chat: ChatModel) -> ReplyOptions:
+        """Raises UserError for what can't be done."""
+        if self.logprobs:
+            raise UserError("logprobs: not offered")
+        if self.stream_options and not self.stream:
+            raise UserError("stream_options: only with stream=true")
+        default = ReplyOptions().sampling
+        sampling = Sampling(
+            default.temperature if self.temperature is None else self.temperature,
+            self.top_k or 0,
+            self.top_p or default.top_p,
+            self.repetition_penalty or 1.0,
+        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        limit = self.max_completion_tokens or self.max_tokens or chat.max_length
+        tools = () if self.tool_choice == "none" else tuple(self.tools or ())
+        return ReplyOptions(sampling, limit, self.seed, stop, tools)
+
+
+@dataclass
+class _Answer:
+    """One completion in OpenAI's words."""
+
+    reply: Reply
+    model: str
+    with_calls: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self) -> dict[str, Any]:
+        message = self.reply.message if self.with_calls else Message("assistant", self.reply.text)
+        shown: dict[str, Any] = {"role": "assistant", "content": message.content or None}
+        if message.tool_calls:
+            shown["tool_calls"] = _tool_calls(message.tool_calls)
+        else:
+            shown["content"] = message.content
+        choice = {"index": 0, "message": shown, "finish_reason": self._finish_reason(), "logprobs": None}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage()}
+
+    async def chunks(self, include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events. What may be a function call is held back until it is whole."""
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            sent = 0
+            async for _ in pieces_of(self.reply):
+                sure = before_calls(self.reply.text) if self.with_calls else self.reply.text
+                if len(sure) > sent:
+                    yield self._chunk({"content": sure[sent:]})
+                    sent = len(sure)
+            calls = self.reply.message.tool_calls if self.with_calls else ()
+            if calls:
+                deltas = [{"index": index, **call} for index, call in enumerate(_tool_calls(calls))]
+                yield self._chunk({"tool_calls": deltas})
+            elif len(self.reply.text) > sent:
+                yield self._chunk({"content": self.reply.text[sent:]})
+            yield self._chunk({}, self._finish_reason())
+            if include_usage:
+                yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+        except RuntimeError as error:  # the head of the answer is sent already
+            yield _event({"error": _error(str(error), "server_error")})
+        yield "data: [DONE]\n\n"
+
+    def _finish_reason(self) -> str | None:
+        return "tool_calls" if self.with_calls and self.reply.message.tool_calls else self.reply.finish_reason
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return _event({**self._head("chat.completion.chunk"), "choices": [choice]})
+
+    def _usage(self) -> dict[str, int]:
+        prompt, answer = self.reply.num_prompt_tokens, self.reply.num_new_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def build_app(chat: ChatModel) -> Any:
+    """The FastAPI application: one model, as many answers at once as the chat's batcher has rows."""
+    try:
+        import fastapi
+        from fastapi.responses import JSONResponse, StreamingResponse
+    except ImportError as error:
+        raise UserError(
+            f'serving needs a package that is missing ({error.name}): pip install "internlm[serve]"'
+        ) from error
+
+    app = fastapi.FastAPI(title=f"internlm: {chat.name}")
+
+    def refuse(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> Any:
+        return JSONResponse({"error": _error(message, kind, code)}, status)
+
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    async def wrong_body(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> Any:
+        parts = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
+        return refuse(400, "; ".join(parts))
+
+    @app.get("/v1/models")
+    @app.get("/internlm/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [{"id": chat.name, "object": "model", "created": 0, "owned_by": "owner"}]}
+
+    @app.post("/v1/chat/completions")
+    @app.post("/internlm/chat/completions")
+    async def complete(body: Request, request: fastapi.Request) -> Any:
+        if body.model not in (chat.name, NAME_OF_2023):
+            return refuse(404, f"model {body.model!r} is not served here, {chat.name!r} is", code="model_not_found")
+        try:
+            options = body.options(chat)
+            reply = chat.reply([Message.of(turn) for turn in body.messages], options)
+        except UserError as error:
+            return refuse(400, str(error))
+        except BusyError as error:
+            return refuse(429, f"{error}; try again later", "rate_limit_error")
+        answer = _Answer(reply, chat.name, bool(options.tools))
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(answer.chunks(include_usage), media_type="text/event-stream")
+        try:
+            async for _ in pieces_of(reply):
+                if await request.is_disconnected():
+                    return fastapi.Response(status_code=499)  # nobody reads it
+        except RuntimeError as error:
+            return refuse(500, str(error), "server_error")
+        return answer.whole()
+
+    return app
+
+
+async def pieces_of(reply: Reply) -> AsyncIterator[str]:
+    """A reply's pieces, waited for in a thread; an iteration that is broken off stops the model."""
+    from fastapi.concurrency import run_in_threadpool
+
+    pieces = iter(reply)
+    try:
+        while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+            yield piece
+    finally:
+        reply.close()
+
+
+def _tool_calls(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)},
+        }
+        for call in calls
+    ]
+
+
+def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    return {"message": message, "type": kind, "param": None, "code": code}
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

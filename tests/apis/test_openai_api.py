@@ -1,0 +1,152 @@
+"""The server as OpenAI's own client sees it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+
+from internlm.apis.chat import ChatModel
+from internlm.apis.openai_server import build_app
+from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, SECOND, WEATHER
+from tools.openai_api import main
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def client(chat: ChatModel) -> Iterator[Any]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(build_app(chat), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            port = listening.getsockname()[1]
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as made:
+                yield made
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def ask(client: Any, text: str, **options: Any) -> Any:
+    turns = [{"role": "user", "content": text}]
+    return client.chat.completions.create(**{"model": "hf", "messages": turns, "temperature": 0, **options})
+
+
+def test_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["hf"]
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_whole_and_streamed_answers(client: Any, chat: ChatModel, question: str) -> None:
+    whole = ask(client, question)
+    assert whole.choices[0].message.content == ANSWERS[question]
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = list(ask(client, question, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(pieces) == ANSWERS[question] and len(pieces) > 3
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    ids = chat.tokenizer.encode(ANSWERS[question])
+    assert whole.usage.completion_tokens == len(ids) + 1  # and the end of the turn
+
+
+def test_limits_and_stops(client: Any) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        cut = ask(client, COUNT, **{name: 4})
+        assert (cut.usage.completion_tokens, cut.choices[0].finish_reason) == (4, "length")
+    assert ask(client, COUNT, stop=[" 7", " 5"]).choices[0].message.content == "1 2 3 4"
+
+
+def test_history_and_parts(client: Any) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": HELLO}]},
+        {"role": "assistant", "content": ANSWERS[HELLO]},
+        {"role": "user", "content": SECOND[0]},
+    ]
+    assert ask(client, "", messages=turns).choices[0].message.content == SECOND[1]
+
+
+@pytest.mark.parametrize("question", CALLS)
+def test_function_calls(client: Any, monkeypatch: pytest.MonkeyPatch, chat: ChatModel, question: str) -> None:
+    """The tiny model has never seen a list of tools, so the prompt is made without it."""
+    monkeypatch.setattr(type(chat), "prompt_of", lambda self, turns, tools=(): prompt_of(self, turns))
+    call = ask(client, question, tools=TOOLS).choices[0]
+    assert call.finish_reason == "tool_calls" and call.message.content is None
+    function = call.message.tool_calls[0].function
+    assert function.name == CALLS[question].name
+    assert json.loads(function.arguments) == dict(CALLS[question].arguments)
+    deltas = [chunk.choices[0] for chunk in ask(client, question, tools=TOOLS, stream=True)]
+    assert not any(delta.delta.content for delta in deltas)
+    streamed = [delta.delta.tool_calls[0].function for delta in deltas if delta.delta.tool_calls]
+    assert [(made.name, made.arguments) for made in streamed] == [(function.name, function.arguments)]
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+prompt_of = ChatModel.prompt_of
+
+
+def test_a_result_goes_back(client: Any) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Shanghai"}'}}
+    turns = [
+        {"role": "user", "content": WEATHER},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    assert ask(client, "", messages=turns, max_tokens=5).usage.completion_tokens > 0
+
+
+def test_many_at_once(client: Any) -> None:
+    """More than there are rows: the rest waits its turn, and each gets its own answer."""
+    questions = [HELLO, COUNT, HTML] * 4
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(lambda question: ask(client, question), questions))
+    assert [answer.choices[0].message.content for answer in answers] == [ANSWERS[question] for question in questions]
+
+
+def test_a_stream_that_is_left_frees_its_row(client: Any, chat: ChatModel) -> None:
+    for _ in range(4):  # one more than there are rows
+        stream = ask(client, "?", stream=True, temperature=2, max_tokens=480)
+        next(iter(stream))
+        stream.close()
+    end = time.monotonic() + 20
+    while any(chat.batcher._rows) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(chat.batcher._rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ({"model": "gpt"}, 404, "'gpt' is not served here, 'hf' is"),
+        ({"n": 2}, 400, "n: "),
+        ({"logprobs": True}, 400, "logprobs: not offered"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format: Extra inputs"),
+        ({"temperature": -1}, 400, "temperature: "),
+        ({"messages": [{"role": "robot", "content": ""}]}, 400, 'role "robot" is unknown'),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the limit is 512"),
+        ({"messages": []}, 400, "messages: "),
+    ],
+)
+def test_refusals(client: Any, options: dict[str, Any], status: int, message: str) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        ask(client, HELLO, **options)
+    assert refused.value.status_code == status and message in refused.value.body["message"]
+
+
+def test_paths_of_2023(client: Any) -> None:
+    with client.with_options(base_url=str(client.base_url).replace("/v1", "/internlm")) as old:
+        assert ask(old, HELLO, model="internlm").choices[0].message.content == ANSWERS[HELLO]
+
+
+def test_a_wrong_folder(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is no checkpoint and holds none" in capsys.readouterr().err
