@@ -250,9 +250,3 @@ def _template(reader: HFReader | NativeReader, folder: str | Path) -> ChatTempla
     if name is None:
         raise UserError(f"{folder}: model_type {reader.config.model_type} has no chat template of its own; name one")
     return find_template(name)
-
-
-if __name__ == "__main__":
-    from internlm.apis.terminal import main
-
-    main()
