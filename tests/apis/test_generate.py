@@ -46,7 +46,8 @@ def test_load_model_computes_the_same(case: str, tmp_path: Path) -> None:
     assert generate(loaded, PROMPTS, 20) == generate(model.requires_grad_(False), PROMPTS, 20)
     half, half_config = load_model(tmp_path, "cpu", torch.bfloat16)
     assert half_config.dtype == "torch.bfloat16"
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    dtypes = {parameter.dtype for name, parameter in half.named_parameters() if "router" not in name}  # may be fp32
+    assert dtypes == {torch.bfloat16}
     assert len(generate(half, PROMPTS, 5)[2]) == 5
 
 

@@ -1,0 +1,113 @@
+"""Model-written code: limits hold, values come back, nothing runs unasked."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from internlm.apis.chat import ChatModel
+from internlm.apis.sandbox import run_python
+from tools import pal_inference
+from tools.pal_inference import EXAMPLES, main, program_of, prompt_of, questions_of, solve
+
+
+def test_output_and_errors() -> None:
+    assert run_python("print('书', end='')").output == "书"
+    failed = run_python("print(1)\nraise ValueError('no')")
+    assert (failed.output, failed.error) == ("1\n", "ValueError: no")
+    assert run_python("def f(:").error == "SyntaxError: invalid syntax"
+    assert run_python("import os; os._exit(3)").error == "ended with code 3"
+
+
+def test_time_is_limited_and_children_end_too(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    grandchild = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\ntime.sleep(60)"
+    start = time.monotonic()
+    assert run_python(code, seconds=1).error == "ended after 1 s"
+    assert time.monotonic() - start < 10
+    time.sleep(2.5)
+    assert not mark.exists()
+
+
+def test_memory_and_output_are_limited() -> None:
+    assert run_python("x = bytearray(300 << 20)", memory_mb=200).error == "MemoryError"
+    assert run_python("x = bytearray(100 << 20)", memory_mb=200).error is None
+    flood = run_python("print('x' * (1 << 20))")
+    assert flood.error is not None and len(flood.output) <= 64 * 1024
+    lifted = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40)); x = bytearray(300 << 20)"
+    assert os.geteuid() == 0 or run_python(lifted, memory_mb=200).error is not None
+
+
+def test_variables_and_folder_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "abc")
+    shown = json.loads(run_python("import os, json; print(json.dumps([os.listdir(), dict(os.environ)]))").output)
+    assert shown[0] == [] and "SECRET_KEY" not in shown[1]
+
+
+def test_programs_of_the_examples() -> None:
+    """What the prompt shows is right itself."""
+    turns = prompt_of("?")
+    values = [solve(program_of(turn.content) or "", 20, 512) for turn in turns if turn.role == "assistant"]
+    assert values == [(25.0, None), (120.0, None), (90.0, None)]
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [("def solution(): return 'many'", "ValueError"), ("x = 1", "NameError"), ("def solution(): return 1e999", "inf")],
+)
+def test_programs_without_a_number(program: str, error: str) -> None:
+    value, found = solve(program, 20, 512)
+    assert value is None and error in (found or "")
+
+
+def test_a_call_of_the_interpreter_is_a_program() -> None:
+    assert program_of("<|action_start|><|interpreter|>\n```python\nx = 1\n```<|action_end|>") == "x = 1"
+    assert program_of("no code") is None
+
+
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, chat: ChatModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is real, its words are not: what it was asked decides what it says."""
+    data, out = tmp_path / "sums.jsonl", tmp_path / "out"
+    data.write_text('{"question": "2+2", "answer": "so #### 4"}\n{"question": "1,000+1", "answer": "1,002"}\n')
+    command = ["hf", str(out), "--dataset", str(data)]
+    assert main(command) == 2 and "--run_code" in capsys.readouterr().err and not out.exists()
+
+    def say(turns, options):  # type: ignore[no-untyped-def]
+        return [f"Sure:\n```python\ndef solution():\n    return {turns[-1].content.replace(',', '')}\n```\n"]
+
+    monkeypatch.setattr(pal_inference, "load_with_progress", lambda *_: _Entered(chat))
+    monkeypatch.setattr(chat, "reply", say)
+    assert main([*command, "--run_code"]) == 0
+    assert "hf: Accuracy - 0.5" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "sums.json").read_text().splitlines()]
+    assert [(line["target"], line["answer"], line["score"]) for line in lines] == [(4, 4, 1), (1002, 1001, 0)]
+    data.write_text(data.read_text() + '{"question": "7", "answer": 7}\n')
+    assert main([*command, "--run_code", "--append"]) == 0
+    assert len((out / "sums.json").read_text().splitlines()) == 3
+
+
+class _Entered:
+    def __init__(self, chat: ChatModel) -> None:
+        self.chat = chat
+
+    def __enter__(self) -> ChatModel:
+        return self.chat
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [('{"question": "a"}', "line 1: expected"), ('{"question": "a", "answer": "x"}', "no number")]
+)
+def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "broken.jsonl"
+    file.write_text(line)
+    with pytest.raises(Exception, match=message):
+        questions_of(str(file))

@@ -1,0 +1,205 @@
+"""Word problems solved by programs that the model writes (program-aided language models, Gao et al., 2022).
+
+    python tools/pal_inference.py MODEL OUT_DIR --run_code [--dataset FILE.jsonl]
+
+The model is asked for a Python function solution(); the function is run and its value compared with the answer. That
+runs code which nobody has read. It is done in a child process with limits on time, memory and output, which is no
+jail, and only with --run_code.
+
+--dataset is a jsonl file with "question" and "answer" (a number, or a text whose number stands behind ####), or gsm8k,
+which the datasets package fetches. OUT_DIR/NAME.json gets a line of JSON for each question: question, target, answer,
+score, generation, error.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from internlm.apis.chat import ChatModel, ReplyOptions
+from internlm.apis.sampling import Sampling
+from internlm.apis.sandbox import Result, run_python
+from internlm.apis.terminal import add_model_arguments, load_with_progress
+from internlm.apis.tool_calls import INTERPRETER, code_block, parse_tool_calls
+from internlm.data.message import Message
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger, setup_logging
+
+logger = get_logger("pal_inference")
+
+TASK = """Write a Python function solution() that computes the answer to the question and returns it as a number. \
+Name what the question gives, step by step. Reply with one block of code."""
+EXAMPLES = (
+    (
+        "A baker fills 7 trays with 12 rolls each and sells 59 rolls before noon. How many rolls are left?",
+        "trays = 7\n    rolls_per_tray = 12\n    sold = 59\n    return trays * rolls_per_tray - sold",
+    ),
+    (
+        "Lin walks 3 km to school and back, five days a week. How many kilometres is that in four weeks?",
+        "one_way = 3\n    days = 5\n    weeks = 4\n    return 2 * one_way * days * weeks",
+    ),
+    (
+        "A coat costs 80 euros. Its price rises by 25 percent and then falls by 10 percent. What does it cost now?",
+        "price = 80\n    price = price * 1.25\n    return price * 0.90",
+    ),
+)
+TOLERANCE = 1e-3  # absolute, as in 2023
+_RESULT = "value of solution(): "
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", help="a run, a checkpoint, or a folder in Hugging Face format")
+    add("out_dir", type=Path, help="folder of the results; made if missing")
+    add("--run_code", action="store_true", help="run what the model writes; without it nothing is done")
+    add("--dataset", default="gsm8k", help="jsonl file, or gsm8k (default)")
+    add("--top_p", type=float, default=0.8, help="share of probability kept (default %(default)s)")
+    add("-t", "--temperature", type=float, default=1.0, help="0: always the likeliest (default %(default)s)")
+    add("--max_new_tokens", type=int, default=512, help="longest program (default %(default)s)")
+    add("--time_out", type=int, default=100, help="seconds for one program (default %(default)s)")
+    add("--memory", type=int, default=512, help="megabytes for one program (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    add("-a", "--append", action="store_true", help="go on behind the results that are there")
+    add("-v", "--verbose", action="store_true", help="print each question, program and value")
+    add_model_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def questions_of(dataset: str) -> list[tuple[str, float]]:
+    """(question, answer) of all lines. Raises UserError naming the line."""
+    if dataset == "gsm8k":
+        return [(row["question"], target_of(row["answer"], "gsm8k")) for row in _gsm8k()]
+    path = Path(dataset)
+    if not path.is_file():
+        raise UserError(f"--dataset {dataset}: no such file; give a jsonl file, or gsm8k")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+                found.append((str(row["question"]), target_of(row["answer"], place)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f'{place}: expected an object with "question" and "answer" ({error!r})') from error
+    if not found:
+        raise UserError(f"{path} holds no question")
+    return found
+
+
+def _gsm8k() -> Iterator[dict[str, str]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError('--dataset gsm8k needs the package datasets: pip install "internlm[eval]"') from error
+    return iter(datasets.load_dataset("gsm8k", "main", split="test"))
+
+
+def target_of(answer: object, place: str) -> float:
+    """The number of an answer: itself, or what stands behind the last ####."""
+    text = str(answer).rsplit("####", 1)[-1].replace(",", "").strip()
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{place}: the answer {text[:40]!r} is no number") from error
+
+
+def prompt_of(question: str) -> list[Message]:
+    """The task with three examples, and the question."""
+    turns = []
+    for number, (asked, body) in enumerate(EXAMPLES):
+        turns.append(Message("user", f"{TASK}\n\n{asked}" if number == 0 else asked))
+        turns.append(Message("assistant", f"```python\ndef solution():\n    {body}\n```"))
+    return [*turns, Message("user", question)]
+
+
+def program_of(text: str) -> str | None:
+    """The code in an answer: of a call of the interpreter, or a fenced block."""
+    codes = [call.arguments["code"] for call in parse_tool_calls(text)[1] if call.name == INTERPRETER]
+    return codes[0] if codes else code_block(text)
+
+
+def solve(program: str, seconds: int, memory_mb: int) -> tuple[float | None, str | None]:
+    """The value of solution(), or what went wrong."""
+    result: Result = run_python(f"{program}\n\nprint({_RESULT!r} + repr(float(solution())))", seconds, memory_mb)
+    last = (result.output.strip().splitlines() or [""])[-1]
+    if result.error is not None or not last.startswith(_RESULT):
+        return None, result.error or "no value"
+    value = float(last.removeprefix(_RESULT))
+    return (value, None) if math.isfinite(value) else (None, f"the value is {value}")
+
+
+def infer(given: argparse.Namespace) -> float:
+    """The share of right answers among all lines of the results. Raises UserError."""
+    if not given.run_code:
+        raise UserError(
+            "this runs code that the model writes, in a child process with limits but with your rights: "
+            "say --run_code if that is what you want, best inside a container"
+        )
+    sampling = Sampling(given.temperature, top_p=given.top_p)
+    questions = questions_of(given.dataset)
+    given.out_dir.mkdir(parents=True, exist_ok=True)
+    file = given.out_dir / f"{Path(given.dataset).stem}.json"
+    done = _results(file) if given.append else []
+    if len(done) > len(questions):
+        raise UserError(f"{file} has {len(done)} lines, the dataset {len(questions)}: it is of another one")
+    with (
+        load_with_progress(given.model, given) as chat,
+        file.open("a" if given.append else "w", encoding="utf-8") as out,
+    ):
+        for number in track(range(len(done), len(questions)), description="questions"):
+            line = _answered(chat, *questions[number], ReplyOptions(sampling, given.max_new_tokens, given.seed), given)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            done.append(line)
+            if given.verbose:
+                logger.info(json.dumps(line, ensure_ascii=False, indent=2))
+    return sum(line["score"] for line in done) / len(done)
+
+
+def _answered(
+    chat: ChatModel, question: str, target: float, options: ReplyOptions, given: argparse.Namespace
+) -> dict[str, object]:
+    text = "".join(chat.reply(prompt_of(question), options))
+    program = program_of(text)
+    value, error = (None, "no code") if program is None else solve(program, given.time_out, given.memory)
+    score = float(value is not None and abs(value - target) < TOLERANCE)
+    return {
+        "question": question,
+        "target": target,
+        "answer": value,
+        "score": score,
+        "generation": text,
+        "error": error,
+    }
+
+
+def _results(file: Path) -> list[dict[str, float]]:
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(
+            f"{file} can't be continued, a line is broken ({error}): mend it, or leave out --append"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when all questions are answered, 2 for a mistake that the user can mend."""
+    setup_logging(rank=0, world_size=1)
+    given = parse_arguments(arguments)
+    try:
+        print(f"{given.model}: Accuracy - {infer(given)}")
+    except UserError as error:
+        print(f"pal_inference: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
