@@ -58,14 +58,43 @@ def tensor(config: Config) -> Problems:
         )
 
 
+def context(config: Config) -> Problems:
+    """A row is cut into equal parts, and Ulysses ranks get whole query heads."""
+    parallel, model, data = config.parallel, config.model, config.data
+    ring, ulysses, tensor = (parallel.axis_sizes[axis] for axis in ("ring", "ulysses", "tensor"))
+    if tensor < 1 or ulysses < 1:
+        return  # told by `sizes`
+    key = "parallel.tensor.size (isp)" if parallel.tensor.mode == "isp" else "parallel.context.ulysses"
+    tokens, row = data.seq_len * data.micro_bsz, "data.seq_len * data.micro_bsz"
+    fitting = _next_multiple(data.seq_len, ring * ulysses * (2 if ring > 1 else 1))
+    if ring > 1 and tokens % (2 * ring):
+        yield (
+            f"{not_divided(row, tokens, '2 * parallel.context.ring', 2 * ring)}; each ring rank computes one early and "
+            f"one late chunk of a row. Set data.seq_len to {fitting}"
+        )
+    elif tokens // ring % ulysses:
+        yield (
+            f"{not_divided('tokens of a row on a ring rank', tokens // ring, key, ulysses)}; each rank computes as "
+            f"many. Set data.seq_len to {fitting}"
+        )
+    heads = model.num_attention_heads // tensor
+    if heads % ulysses:
+        yield (
+            f"{not_divided('query heads of a tensor rank', heads, key, ulysses)}; around attention each rank computes "
+            f"whole heads. Set it to one of {divisors(heads)}, and cut rows further by parallel.context.ring"
+        )
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return (number + of - 1) // of * of
+
+
 def unavailable(config: Config) -> Problems:
     parallel = config.parallel
     if parallel.pipeline.size > 1:
         yield f"parallel.pipeline.size = {parallel.pipeline.size}: pipeline parallel is not available yet; set 1"
     if parallel.expert.size > 1:
         yield f"parallel.expert.size = {parallel.expert.size}: expert parallel is not available yet; set 1"
-    if _parts_of_a_row(parallel) > 1:
-        yield f"parallel.context = {parallel.context}: sequence parallel is not available yet; set sizes of 1"
 
 
 def _parts_of_a_row(parallel: ParallelConfig) -> int:
@@ -123,4 +152,4 @@ def zero_sizes(config: Config, world_size: int | None) -> Problems:
             )
 
 
-LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (sizes, tensor, unavailable)
+LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (sizes, tensor, context, unavailable)

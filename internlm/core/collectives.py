@@ -3,7 +3,8 @@
 Those in place send nothing in a group of one. The others are for groups of several ranks and can be waited for later.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,3 +76,41 @@ def all_reduce(x: Tensor, group: Group) -> Sent:
     """The sum of every rank's x, in new memory."""
     total = x.clone(memory_format=torch.contiguous_format)
     return Sent(total, dist.all_reduce(total, group=group, async_op=True))
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, x.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return exchange(grad, ctx.group), None
+
+
+def exchange(x: Tensor, group: Group) -> Tensor:
+    """All-to-all of equal parts, differentiable: x [ranks, ...] -> [ranks, ...], of which part i comes from rank i's
+    part for this rank. It is its own gradient."""
+    return _Exchange.apply(x, group)  # type: ignore[no-untyped-call]
+
+
+def shift(outgoing: Tensor | None, incoming: Tensor | None, distance: int, group: Group) -> Callable[[], Tensor | None]:
+    """Starts to send `outgoing` to the rank `distance` after this one, in a circle, and to fill `incoming` from the one
+    as far before it. None: nothing is sent that way, which the partner knows. The result, called, waits for both and
+    returns `incoming`. With NCCL, no rank may be left out of a group's first transfer: have another collective before.
+    """
+    rank, ranks = group.rank(), group.size()
+    sides = (dist.isend, outgoing, rank + distance), (dist.irecv, incoming, rank - distance)
+    ops = [dist.P2POp(op, x, group=group, group_peer=peer % ranks) for op, x, peer in sides if x is not None]
+    works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait() -> Tensor | None:
+        for work in works:
+            work.wait()
+        ops.clear()  # until here the memory that is sent has been kept
+        return incoming
+
+    return wait

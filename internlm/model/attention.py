@@ -90,6 +90,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups, size = config.num_kv_heads, config.q_per_kv, config.head_size
         self.interleaved = config.qk_interleaved
+        self.attend = attention  # replaced where rows are cut between ranks
         self.wqkv = Linear(config.hidden_size, (heads, groups + 2, size), config.qkv_bias, dtype)
         self.wo = Linear(heads * groups * size, (config.hidden_size,), config.out_bias, dtype)
         self.q_norm = RMSNorm(size, config.layer_norm_epsilon, norm_dtype) if config.qk_norm else None
@@ -112,5 +113,5 @@ class Attention(nn.Module):
             out = cache.attend(q, k, v)
         else:
             assert segments is not None
-            out = attention(q, k, v, segments)
+            out = self.attend(q, k, v, segments)
         return self.wo(out.flatten(1))

@@ -9,6 +9,7 @@ from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
 from internlm.model.transformer import Transformer
 from internlm.parallel.recompute import recompute_blocks
+from internlm.parallel.sequence import cut_sequences
 from internlm.parallel.tensor import cut_tensors
 from internlm.utils.device import set_matmul_precision
 
@@ -20,5 +21,6 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     """
     set_matmul_precision(config.model.dtype)
     placements = cut_tensors(model, config, mesh)
+    cut_sequences(model, mesh)
     recompute_blocks(model.layers, config.model.recompute_fraction)
     return placements

@@ -1,10 +1,109 @@
-"""Sequence parallel: a packed row is cut between ranks, and attention still sees whole documents."""
+"""Sequence parallel: a packed row is cut between ranks, and attention still sees whole documents.
 
+Everything in a transformer but attention treats tokens one by one. So each rank computes its own tokens of the row with
+their true positions, and only around attention something is sent. Two ways, which combine:
+
+    ulysses   all-to-all before and after attention: from "my tokens, all heads" to "all tokens, my heads" and back.
+              What is sent does not grow with the number of ranks; there are at most as many as query heads.
+    ring      keys and values travel to the ranks whose queries need them, see ring.py. Any number of ranks.
+
+A row is first cut between ring ranks (zigzag.py), and each part into equal runs of tokens between ulysses ranks, which
+are neighbours on a node. After the all-to-all, a ulysses rank has all tokens of its ring rank's part.
+
+Ulysses is from DeepSpeed-Ulysses (Jacobs et al., 2023). InternLM's framework called it `isp` together with sharded
+parameters, which are Hybrid ZeRO's `parallel.weight` here.
+"""
+
+from dataclasses import dataclass, replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from internlm.core.collectives import Group, all_reduce_, exchange
 from internlm.core.mesh import Mesh
-from internlm.model.batch import Batch
+from internlm.model.attention import Attention
+from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.model.transformer import Transformer
+from internlm.ops.attention import attention
+from internlm.ops.segments import Segments
+from internlm.parallel.ring import ring_attention
+from internlm.parallel.zigzag import RingSegments, own_segments, spans
 
 
 def own_part(row: Batch, mesh: Mesh) -> Batch:
-    """The tokens of `row` that this rank computes. Segments stay those of the whole row."""
-    assert mesh.sequence_size == 1
-    return row
+    """The tokens of `row` that this rank computes. Segments are those of all tokens of its ring rank."""
+    if mesh.sequence_size == 1:
+        return row
+    ring, ring_rank = mesh.sizes["ring"], mesh.coordinates["ring"]
+    own = spans(len(row.tokens), ring, ring_rank)
+
+    def cut(whole: Tensor) -> Tensor:
+        part = torch.cat([whole[start:stop] for start, stop in own])
+        return part.chunk(mesh.sizes["ulysses"])[mesh.coordinates["ulysses"]]
+
+    labels = cut(row.labels)
+    part = replace(
+        row,
+        tokens=cut(row.tokens),
+        labels=labels,
+        positions=cut(row.positions),
+        segments=row.segments if ring == 1 else own_segments(row.segments.lengths, ring, ring_rank),
+        type_ids=None if row.type_ids is None else cut(row.type_ids),
+        num_trained=int((labels != IGNORE_INDEX).sum()),
+    )
+    return part.pin_memory() if row.tokens.is_pinned() else part
+
+
+def cut_sequences(model: Transformer, mesh: Mesh) -> None:
+    """Makes attention communicate, where rows are cut between ranks. Collective."""
+    if mesh.sequence_size == 1:
+        return
+    all_reduce_(torch.zeros(1, device=mesh.device), mesh.group("ring"))  # NCCL: all ranks in a group's first transfer
+    attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"))
+    for module in model.layers.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+
+
+@dataclass(frozen=True)
+class SequenceAttention:
+    """Attention of the tokens that `own_part` gives a rank."""
+
+    ulysses: Group
+    ring: Group
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] of this rank's tokens -> as q."""
+        if self.ulysses.size() > 1:
+            q, k, v = to_heads(q, k, v, self.ulysses)
+        if self.ring.size() > 1:
+            assert isinstance(segments, RingSegments)
+            out = ring_attention(q, k, v, segments, self.ring)
+        else:
+            out = attention(q, k, v, segments)
+        return to_tokens(out, self.ulysses) if self.ulysses.size() > 1 else out
+
+
+def to_heads(q: Tensor, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """From own tokens and all heads to the tokens of all ranks, in their order, and this rank's heads.
+
+    One all-to-all of q, k and v together. Where ranks do not divide the key/value heads, these are repeated as often as
+    it takes for each rank to get those of its query heads.
+    """
+    ranks = group.size()
+    assert q.shape[1] % ranks == 0, (q.shape, ranks)
+    repeats = ranks // gcd(k.shape[1], ranks)
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    heads = [x.shape[1] // ranks for x in (q, k, v)]
+    joined = torch.cat([x.unflatten(1, (ranks, -1)) for x in (q, k, v)], dim=2)  # [tokens, ranks, q + k + v, head_dim]
+    received = exchange(joined.transpose(0, 1), group).flatten(0, 1)
+    q, k, v = received.split(heads, dim=1)
+    return q, k, v
+
+
+def to_tokens(out: Tensor, group: Group) -> Tensor:
+    """From the tokens of all ranks and this rank's heads [tokens, heads, head_dim] to own tokens and all heads."""
+    received = exchange(out.unflatten(0, (group.size(), -1)), group)  # [ranks, own tokens, heads, head_dim]
+    return received.transpose(0, 1).flatten(1, 2)

@@ -130,3 +130,26 @@ def test_mixture_names_entries_of_the_folder(small, tmp_path):
     assert load_config(small, ["data.mixture={'en': 1, 'code': 0.5}"]).data.mixture == {"en": 1, "code": 0.5}
     assert "which has code.jsonl, en" in problems_with(small, data__mixture={"fr": 1.0})[0]
     assert "all weights are 0" in problems_with(small, data__mixture={"en": 0.0})[0]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({"context": {"ring": 3}}, "= 16 does not divide by 2 * parallel.context.ring = 6 (16 = 2 * 6 + 4)"),
+        ({"context": {"ring": 3}}, "Set data.seq_len to 18"),
+        (
+            {"context": {"ulysses": 8}},
+            "heads of a tensor rank = 4 does not divide by parallel.context.ulysses = 8",
+        ),
+        ({"context": {"ulysses": 8}}, "Set it to one of 1, 2, 4, and cut rows further by parallel.context.ring"),
+        ({"tensor": {"size": 3, "mode": "isp"}}, "a ring rank = 16 does not divide by parallel.tensor.size (isp) = 3"),
+        ({"tensor": {"size": 3, "mode": "isp"}}, "Set data.seq_len to 18"),
+        ({"context": {"ring": 4, "ulysses": 8}}, "a ring rank = 4 does not divide by parallel.context.ulysses = 8"),
+        ({"context": {"ring": 4, "ulysses": 8}}, "Set data.seq_len to 64"),
+        ({"context": {"ring": 2}, "tensor": {"size": 0}}, "parallel.tensor.size = 0"),
+    ],
+)
+def test_rows_that_cannot_be_cut(small, parallel, expected):
+    data = {**small["data"], "seq_len": 16, "micro_bsz": 1}
+    problems = find_problems(Config.model_validate({**small, "data": data, "parallel": parallel}))
+    assert any(expected in problem for problem in problems), problems
