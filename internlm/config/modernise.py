@@ -53,7 +53,9 @@ def _outcome(row: OldSpelling, new: Tree) -> str:
 
 def settle(tree: Tree, report: Report) -> Tree:
     """What depends on several old keys of the merged `tree`; returns the tree with it settled."""
-    return _settle_load(_settle_moe_loss(_settle_family(tree, report), report), report)
+    for one in (_settle_family, _settle_moe_loss, _settle_load, _settle_isp):
+        tree = one(tree, report)
+    return tree
 
 
 def _settle_moe_loss(tree: Tree, report: Report) -> Tree:
@@ -90,6 +92,26 @@ def _settle_load(tree: Tree, report: Report) -> Tree:
         "first. Set ckpt.auto_resume=False to insist on it"
     )
     return {**tree, "ckpt": {**ckpt, "load_ckpt_info": None}}
+
+
+def _settle_isp(tree: Tree, report: Report) -> Tree:
+    """With isp, InternEvo counted the ranks of zero1 in groups of weight ranks."""
+    parallel = tree.get("parallel")
+    if not isinstance(parallel, dict) or not report.seen - {"model.dtype"}:
+        return tree
+    tensor, weight, zero1 = (parallel.get(key) for key in ("tensor", "weight", "zero1"))
+    if not (isinstance(tensor, dict) and tensor.get("mode") == "isp"):
+        return tree
+    if not (isinstance(weight, dict) and isinstance(zero1, dict)):
+        return tree
+    size, per_group = zero1.get("size", -1), weight.get("size", 1)
+    if not (isinstance(size, int) and isinstance(per_group, int)) or size < 1 or per_group < 2:
+        return tree
+    report.notes.append(
+        f"parallel.zero1.size = {size} -> {size * per_group}: with isp it counted groups of parallel.weight.size = "
+        f"{per_group} ranks, here it counts ranks"
+    )
+    return {**tree, "parallel": {**parallel, "zero1": {**zero1, "size": size * per_group}}}
 
 
 def _lookup(tree: Tree, key: str) -> tuple[bool, Any, Tree]:

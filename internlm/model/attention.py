@@ -1,5 +1,6 @@
 """Self-attention with grouped heads, and the key/value cache for generation."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,8 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups, size = config.num_kv_heads, config.q_per_kv, config.head_size
         self.interleaved = config.qk_interleaved
-        self.attend = attention  # replaced where rows are cut between ranks
+        # replaced where rows are cut between ranks
+        self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = attention
         self.wqkv = Linear(config.hidden_size, (heads, groups + 2, size), config.qkv_bias, dtype)
         self.wo = Linear(heads * groups * size, (config.hidden_size,), config.out_bias, dtype)
         self.q_norm = RMSNorm(size, config.layer_norm_epsilon, norm_dtype) if config.qk_norm else None

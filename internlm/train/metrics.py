@@ -45,7 +45,7 @@ class BatchCounts:
     largest_length: int  # tokens of the longest segment
     largest_batch: int  # most segments in a micro batch
     smallest_batch: int
-    flops: StepFlops  # mean of the ranks
+    flops: StepFlops  # of one rank, in the mean of all
 
 
 def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> BatchCounts:
@@ -62,7 +62,7 @@ def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> BatchCount
     everyone = gathered.cpu()
     trained, tokens, segments, *flop_sums = everyone[:, : len(sums)].sum(0).tolist()
     longest, most, fewest = everyone[:, len(sums) :].amax(0).tolist()
-    mean = StepFlops(*(value / mesh.dp_size for value in flop_sums))
+    mean = StepFlops(*(value / mesh.world.size for value in flop_sums))
     return BatchCounts(int(trained), int(tokens), int(segments), int(longest), int(most), -int(fewest), mean)
 
 

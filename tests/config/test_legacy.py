@@ -185,3 +185,22 @@ def test_old_llama2_files_have_the_biases_and_rotary_order_they_assumed(small):
 def test_the_table_names_each_key_once():
     names = [row.key for row in TABLE]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("zero1", "weight", "expected"), [(1, 4, 4), (2, 4, 8), (-1, 4, -1), (8, 1, 8)])
+def test_isp_of_2023(small, zero1, weight, expected):
+    """The parallel section of InternEvo's isp examples; there, zero1 was a number of groups of weight ranks."""
+    small["parallel"] = {
+        "zero1": {"size": zero1, "fsdp": False},
+        "tensor": {"size": 2, "mode": "isp"},
+        "pipeline": {"size": 1, "interleaved_overlap": True},
+        "weight": {"size": weight, "overlap": True, "memory_pool": True},
+    }
+    parallel = load_config(small, world_size=8).parallel
+    assert parallel.axis_sizes == {"pipeline": 1, "ring": 1, "ulysses": 2, "tensor": 1}
+    assert (parallel.weight.size, parallel.gradient.size, parallel.zero1.size) == (weight, weight, expected)
+
+
+def test_zero1_of_today_beside_isp_counts_ranks(small):
+    small["parallel"] = {"zero1": {"size": 4}, "tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2}}
+    assert load_config(small, world_size=8).parallel.zero1.size == 4

@@ -1,5 +1,6 @@
 """Rows cut between ranks: attention against each document on its own, and training against one rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +10,18 @@ from torch import Tensor
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
+from internlm.model.flops import model_flops
 from internlm.ops.attention import attention_reference
+from internlm.parallel import ring
 from internlm.parallel.sequence import SequenceAttention, own_part
+from internlm.train.metrics import StepReport
 from tests.parallel.oracle import CPU, compare, make_config
 from tests.parallel.test_zigzag import random_lengths
 from tests.pool import run_ranks
+from tests.train.tiny import NamedRows, make_row, make_trainer, step_batches
+from tests.train.tiny import make_config as make_tiny_config
 
-ROW = 32
+ROW = 48  # divides by 6, 8 and 16
 LAYOUTS = [(1, 2), (1, 4), (2, 1), (4, 1), (2, 2)]  # (ring, ulysses)
 # The whole row, tokens alone, and two at random
 DOCUMENTS = [(ROW,), (1,) * ROW, random_lengths(ROW, 2), random_lengths(ROW, 4), (ROW - 1, 1), (1, ROW - 1)]
@@ -37,9 +43,9 @@ def inputs_of(index: int) -> tuple[Batch, list[Tensor]]:
     return row_of(DOCUMENTS[index], (4, 8), (4, 8), (kv_heads, 8), (kv_heads, 8))
 
 
-def attention_on_rank(rank: int, world_size: int, ring: int, ulysses: int) -> list[tuple[Batch, list[Tensor]]]:
+def attention_on_rank(rank: int, world_size: int, ring_ranks: int, ulysses: int) -> list[tuple[Batch, list[Tensor]]]:
     """This rank's part of each row, with attention and the gradients of q, k and v for its tokens."""
-    config = make_config({"context": {"ring": ring, "ulysses": ulysses}})
+    config = make_config({"context": {"ring": ring_ranks, "ulysses": ulysses}})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
     attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"))
     results = []
@@ -63,9 +69,9 @@ def each_document_alone(index: int) -> tuple[Batch, list[Tensor]]:
     return row, [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), LAYOUTS)
-def test_packed_on_ranks_is_each_document_alone(ring: int, ulysses: int) -> None:
-    ranks = run_ranks(ring * ulysses, attention_on_rank, ring, ulysses)
+@pytest.mark.parametrize(("ring_ranks", "ulysses"), LAYOUTS)
+def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int) -> None:
+    ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses)
     for index in range(len(DOCUMENTS)):
         row, expected = each_document_alone(index)
         seen: list[int] = []
@@ -101,3 +107,62 @@ def test_trains_as_one_rank(world_size: int, parallel: dict[str, Any], model: di
 def test_the_rule_of_2023() -> None:
     """The mean over micro batches of each one's mean, of which every rank sees but a part."""
     compare(2, {"context": {"ring": 2}}, loss={"reduction": "micro_batch"})
+
+
+REPORTED = [make_row(seed, lengths, trained=5) for seed, lengths in enumerate([(8,), (3, 5), (1, 7), (2, 2, 4)])]
+
+
+def report_of_rank(rank: int, world_size: int, parallel: dict[str, Any]) -> StepReport:
+    """Two rows trained and two evaluated, all by every rank."""
+    loaders = {"en": NamedRows("en", REPORTED[2:])}
+    config = make_tiny_config(data={"valid_every": 1}, parallel=parallel)
+    trainer = make_trainer(config, step_batches([REPORTED[:2]]), rank, world_size, valid_loaders=loaders)
+    return next(trainer.steps())
+
+
+@pytest.mark.parametrize("context", [{"ring": 2}, {"ulysses": 2}])
+def test_reports_and_evaluation(context: dict[str, int]) -> None:
+    """Tokens and documents are counted once, and the work is what two ranks share."""
+    alone = run_ranks(1, report_of_rank, {})[0]
+    flops = model_flops(make_tiny_config().model, [n for row in REPORTED[:2] for n in row.segments.lengths])
+    for report in run_ranks(2, report_of_rank, {"context": context}):
+        for key in ("loss", "acc", "perplexity", "grad_norm", "num_consumed_tokens", "num_samples_in_batch"):
+            assert getattr(report, key) == pytest.approx(getattr(alone, key), rel=1e-5), key
+        assert report.tflops * 1e12 * report.step_time == pytest.approx(flops.causal / 2)
+        (found,), (expected,) = report.validation, alone.validation
+        assert found.num_tokens == expected.num_tokens == 10
+        assert (found.loss, found.accuracy) == pytest.approx((expected.loss, expected.accuracy), rel=1e-5)
+
+
+def order_on_rank(rank: int, world_size: int) -> list[str]:
+    """When transfers start and when attention is computed, in a ring that shares one document."""
+    events: list[str] = []
+
+    def noted(function: Callable[..., Any], text: Callable[..., str]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(text(*args))
+            return function(*args)
+
+        return call
+
+    config = make_config({"context": {"ring": world_size}})
+    mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
+    row, (grad, *whole) = row_of((ROW,), (4, 8), (4, 8), (4, 8), (4, 8))
+    part = own_part(row, mesh)
+    q, k, v = (x[part.tokens].requires_grad_() for x in whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "shift", noted(ring.shift, lambda out, into, distance, group: f"send {distance}"))
+        for name in ("part_attention", "part_attention_backward"):
+            patch.setattr(ring, name, noted(getattr(ring, name), lambda *args: "own" if args[-1] else "part"))
+        out = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"))(q, k, v, part.segments)
+        events.append("|")
+        out.backward(grad[part.tokens])
+    return events
+
+
+def test_keys_travel_while_attention_is_computed() -> None:
+    """The transfer of a step starts before the attention of the step before; gradients return at once."""
+    forward = "send 1, own, send 2, part, part"
+    backward = "send 1, own, send 2, part, send -1, part, send -2"
+    for events in run_ranks(3, order_on_rank):
+        assert ", ".join(events) == f"{forward}, |, {backward}"

@@ -1,0 +1,96 @@
+"""Draws the pictures of the documentation from the tables that the code computes with: `python tools/pictures.py`.
+
+They are SVG files in doc/pictures/.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate, groupby
+from pathlib import Path
+
+from internlm.parallel.zigzag import own_segments, spans
+
+FOLDER = Path(__file__).resolve().parents[1] / "doc" / "pictures"
+COLOURS = ("#2a6fbb", "#e08a1e", "#3a9a5b", "#b8447a")  # of ranks 0 to 3
+Cell = tuple[int, int]  # (rank, step) that computes a pair of tokens
+
+
+def zigzag(lengths: tuple[int, ...]) -> str:
+    """Which rank of a ring of 4 computes which pairs of tokens of a row with documents of `lengths`."""
+    ring, tokens, size, margin = 4, sum(lengths), 6, 60
+    edge = tokens * size
+    shapes = [
+        f'<rect x="{margin + key * size}" y="{margin + query * size}" width="{(stop - key) * size}" height="{size}" '
+        f'fill="{COLOURS[rank]}" fill-opacity="{1.0 if step == 0 else 0.55}"/>'
+        for query, key, stop, (rank, step) in _runs(_pairs(lengths, ring), tokens)
+    ]
+    for rank in range(ring):
+        for start, stop in spans(tokens, ring, rank):
+            place, length = margin + start * size, (stop - start) * size
+            fill = f'fill="{COLOURS[rank]}"'
+            shapes.append(f'<rect x="{place}" y="{margin - 22}" width="{length - 1}" height="14" {fill}/>')
+            shapes.append(f'<rect x="{margin - 22}" y="{place}" width="14" height="{length - 1}" {fill}/>')
+            shapes.append(_text(place + length / 2, margin - 28, f"rank {rank}"))
+            line = f'x1="{margin}" x2="{margin + edge}" y1="{place}" y2="{place}"'
+            shapes.append(f'<line {line} stroke="#999" stroke-dasharray="2 3"/>')
+    for end in accumulate((0, *lengths)):
+        place = margin + end * size
+        shapes.append(f'<line x1="{place}" x2="{place}" y1="{margin - 6}" y2="{margin}" stroke="#222"/>')
+        shapes.append(f'<line y1="{place}" y2="{place}" x1="{margin - 6}" x2="{margin}" stroke="#222"/>')
+    shapes.append(f'<rect x="{margin}" y="{margin}" width="{edge}" height="{edge}" fill="none" stroke="#222"/>')
+    shapes.append(_text(margin + edge / 2, 16, "keys: chunks of the row and their ranks, documents between the ticks"))
+    shapes.append(_text(margin + edge / 2, margin + edge + 20, "full: step 0, own tokens; pale: at most one rectangle"))
+    shapes.append(_text(margin + edge / 2, margin + edge + 36, "per pair of ranks, with keys received in a later step"))
+    return _svg(edge + margin + 20, edge + margin + 50, shapes)
+
+
+def _pairs(lengths: tuple[int, ...], ring: int) -> dict[tuple[int, int], Cell]:
+    """(query, key) -> who computes it when, from the tables of the ring."""
+    found: dict[tuple[int, int], Cell] = {}
+    parts = [[t for span in spans(sum(lengths), ring, rank) for t in range(*span)] for rank in range(ring)]
+    for rank, own in enumerate(parts):
+        segments = own_segments(lengths, ring, rank)
+        for end, length in zip(accumulate(segments.lengths), segments.lengths, strict=True):
+            places = range(end - length, end)
+            found.update({(own[q], own[k]): (rank, 0) for q in places for k in places if k <= q})
+        for number, step in enumerate(segments.steps, 1):
+            if step.compute is not None:
+                keys = parts[(rank - number) % ring][step.compute.keys]
+                found.update({(q, k): (rank, number) for q in own[step.compute.queries] for k in keys})
+    return found
+
+
+def _runs(pairs: dict[tuple[int, int], Cell], tokens: int) -> Iterator[tuple[int, int, int, Cell]]:
+    """(query, first key, end of keys, cell) of neighbours with the same cell."""
+    for query in range(tokens):
+        for cell, keys in groupby(range(tokens), lambda key, query=query: pairs.get((query, key))):
+            run = list(keys)
+            if cell is not None:
+                yield query, run[0], run[-1] + 1, cell
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle">{text}</text>'
+
+
+def _svg(width: int, height: int, shapes: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif"'
+    background = f'<rect width="{width}" height="{height}" fill="white"/>'
+    return "\n".join([f'{head} font-size="12">', background, *shapes, "</svg>", ""])
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "zigzag_whole.svg": partial(zigzag, (64,)),
+    "zigzag_packed.svg": partial(zigzag, (9, 30, 1, 20, 4)),
+}
+
+
+def main() -> None:
+    """Write all pictures."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / name).write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
