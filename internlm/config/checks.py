@@ -166,6 +166,8 @@ def files(config: Config) -> Problems:
             path = getattr(data, key)
             if path is not None and is_local(path):
                 yield from _folder(f"data.{key}", path)
+                if Path(path).is_dir() and not any(Path(path).iterdir()):
+                    yield f"data.{key} = {path!r}: the folder is empty"
         yield from _mixture(config)
     if data.tokenizer_path is not None and is_local(data.tokenizer_path) and not Path(data.tokenizer_path).is_file():
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file"
