@@ -6,7 +6,7 @@ Every check yields one line a problem, as in checks.py: keys, values, the arithm
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from internlm.config.schema import Config, ParallelConfig
+from internlm.config.schema import V_SCHEDULES, Config, DataConfig, ParallelConfig
 
 Problems = Iterator[str]
 
@@ -89,10 +89,74 @@ def _next_multiple(number: int, of: int) -> int:
     return (number + of - 1) // of * of
 
 
+def chunks(config: Config) -> Problems:
+    """Schedule and blocks of a pipeline's chunks."""
+    pipeline, model = config.parallel.pipeline, config.model
+    stages, per_stage, schedule = pipeline.size, config.chunks_per_stage, config.pipeline_schedule
+    if stages < 2:
+        if model.num_chunks > 1:
+            yield f"model.num_chunks = {model.num_chunks} needs parallel.pipeline.size > 1, which is {stages}"
+        return
+    key = f'parallel.pipeline.schedule = "{schedule}"'
+    if schedule == "interleaved" and per_stage == 1:
+        yield f'{key} needs model.num_chunks > 1, which is 1; raise it, or set "1f1b"'
+    elif schedule == "1f1b" and per_stage > 1:
+        yield f'{key} has one chunk per stage, but model.num_chunks = {per_stage}; set "interleaved", or num_chunks = 1'
+    elif schedule in V_SCHEDULES and model.num_chunks not in (1, 2):
+        yield f"{key} has two chunks per stage, but model.num_chunks = {model.num_chunks}; set 2 or leave it out"
+    count = stages * per_stage
+    chunks_text = f"parallel.pipeline.size {stages} * {per_stage} chunks per stage = {count} chunks"
+    if isinstance(pipeline.split, tuple):
+        if len(pipeline.split) != count:
+            yield f"parallel.pipeline.split has {len(pipeline.split)} numbers of blocks, for {chunks_text}"
+        if sum(pipeline.split) != model.num_layers:
+            terms = " + ".join(map(str, pipeline.split))
+            total = f"{terms} = {sum(pipeline.split)}"
+            yield f"parallel.pipeline.split = {total} blocks, but model.num_layers = {model.num_layers}"
+    elif model.num_layers < count:
+        yield f"model.num_layers = {model.num_layers} is less than a block for each of {chunks_text}; lower one of them"
+    elif schedule == "interleaved" and pipeline.split == "even" and model.num_layers % per_stage:
+        yield (
+            f"{not_divided('model.num_layers', model.num_layers, 'model.num_chunks', per_stage)}; set one of "
+            f'{divisors(model.num_layers)}, or parallel.pipeline.split = "flops"'
+        )
+
+
+def pipeline_batches(config: Config) -> Problems:
+    """Enough micro batches for every stage to have work, during the ramp-up too."""
+    stages, schedule, data = config.parallel.pipeline.size, config.pipeline_schedule, config.data
+    if stages < 2:
+        return
+    needed = 2 * stages if schedule == "dualpipev" else stages
+    for count in _micro_nums(data):
+        where = "data.micro_num ="
+        if count < data.micro_num:
+            where = f"data.rampup_batch_size = {data.rampup_batch_size!r} has steps of"
+        if count < needed:
+            yield (
+                f'{where} {count} micro batches are fewer than {needed}, the least for "{schedule}" on '
+                f"parallel.pipeline.size = {stages} stages; raise it to {needed} or more"
+            )
+        elif schedule == "interleaved" and count % (count // stages):
+            rounds = count // stages
+            yield (
+                f"{where} {count} micro batches don't make {rounds} equal rounds over parallel.pipeline.size = "
+                f'{stages} stages, as "interleaved" has them ({count} = {count // rounds} * {rounds} + '
+                f"{count % rounds}); the next that do: {count // stages * stages}, {(count // stages + 1) * stages}"
+            )
+
+
+def _micro_nums(data: DataConfig) -> list[int]:
+    """All numbers of micro batches that a step of the run has."""
+    words = data.rampup_batch_size.split()
+    ramp: set[int] = set()
+    if len(words) == 3 and all(word.isdecimal() and int(word) for word in words):  # else told by checks.py
+        ramp = set(range(int(words[0]), data.micro_num, int(words[1])))
+    return sorted(ramp | {data.micro_num})
+
+
 def unavailable(config: Config) -> Problems:
     parallel = config.parallel
-    if parallel.pipeline.size > 1:
-        yield f"parallel.pipeline.size = {parallel.pipeline.size}: pipeline parallel is not available yet; set 1"
     if parallel.expert.size > 1:
         yield f"parallel.expert.size = {parallel.expert.size}: expert parallel is not available yet; set 1"
 
@@ -152,4 +216,11 @@ def zero_sizes(config: Config, world_size: int | None) -> Problems:
             )
 
 
-LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (sizes, tensor, context, unavailable)
+LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (
+    sizes,
+    tensor,
+    context,
+    chunks,
+    pipeline_batches,
+    unavailable,
+)

@@ -13,6 +13,8 @@ Dtype = Literal["torch.float32", "torch.tf32", "torch.bfloat16", "torch.float16"
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+V_SCHEDULES = ("zbv", "dualpipev")  # whose chunks go down the stages of a pipeline and up again
+
 
 class Section(BaseModel):
     """Base of all sections: read only, and a key that nobody knows is an error."""
@@ -99,6 +101,9 @@ class ModelConfig(Section):
     residual_in_fp32: bool = Field(False, description="keep the residual stream in fp32")
     embed_grad_scale: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="gradient of embedding output and head weight times this factor; 1: off"
+    )
+    num_chunks: PositiveInt = Field(
+        1, description="runs of blocks per pipeline stage; above 1: the interleaved schedule"
     )
     checkpoint: bool | Fraction = Field(
         False,
@@ -321,6 +326,11 @@ class PipelineConfig(AxisConfig):
     schedule: Literal["auto", "1f1b", "interleaved", "zbv", "dualpipev"] = Field(
         "auto", description="order of micro batches; auto: interleaved when model.num_chunks > 1, else 1f1b"
     )
+    split: Literal["even", "flops"] | Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
+        "even",
+        description="blocks per chunk: even as in 2023, flops weighs the head as well, or the numbers themselves, "
+        "in the order of the forward pass",
+    )
 
 
 class ParallelConfig(Section):
@@ -379,6 +389,17 @@ class Config(Section):
     loss: LossConfig = Field(LossConfig(), description="the objective")
     ckpt: CkptConfig = Field(CkptConfig(), description="checkpoints")
     monitor: MonitorConfig = Field(MonitorConfig(), description="outputs beside console and metrics.jsonl")
+
+    @property
+    def pipeline_schedule(self) -> str:
+        """The order of micro batches: 1f1b, interleaved, zbv or dualpipev."""
+        schedule = self.parallel.pipeline.schedule
+        return schedule if schedule != "auto" else "interleaved" if self.model.num_chunks > 1 else "1f1b"
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """Runs of blocks that a pipeline stage has; two in the V of zbv and dualpipev."""
+        return 2 if self.pipeline_schedule in V_SCHEDULES else self.model.num_chunks
 
     @model_validator(mode="before")
     @classmethod

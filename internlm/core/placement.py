@@ -21,6 +21,7 @@ class Placement:
     box: Box  # what this rank's model holds of it
     axis: Literal["tensor", "expert"] | None = None  # along which it is cut
     grad_scale: float = 1.0  # factor of the gradient before copies are summed
+    at_both_ends: bool = False  # first and last stage of the pipeline have copies, each with a part of the gradient
 
 
 def whole(shape: tuple[int, ...], grad_scale: float = 1.0) -> Placement:

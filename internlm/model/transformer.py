@@ -4,6 +4,8 @@ A packed row in, logits or loss out. `embedding`, each of `layers` and `head` ar
 parameters, so that whoever shards, recomputes or compiles them can attach to their calls.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,19 @@ class Transformer(nn.Module):
 
         `upstream` is the factor between the summed loss and what backward starts from, if known: `ops.cross_entropy`.
         """
-        return self.head(self._hidden(batch), self._tied_weight(), batch.labels, label_smoothing, upstream)
+        return self.head_loss(self._hidden(batch), batch, label_smoothing, upstream)
+
+    def head_loss(self, x: Tensor, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0) -> LossOutput:
+        """`loss` from the output of the last block [tokens, hidden]."""
+        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream)
+
+    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, batch: Batch) -> Tensor:
+        """x [tokens, hidden] through some of `layers`, neighbours in order."""
+        dtype = torch_dtype(self.config.dtype)
+        cos, sin = rotary_tables(batch.positions, self.config.head_size, self.config.rope_base, dtype)
+        for block in blocks:
+            x = block(x, cos, sin, batch.segments)
+        return x
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
@@ -87,11 +101,7 @@ class Transformer(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Output of the last block [tokens, hidden]."""
-        x = self.embedding(batch.tokens)
-        cos, sin = rotary_tables(batch.positions, self.config.head_size, self.config.rope_base, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, batch.segments)
-        return x
+        return self.run_blocks(self.layers, self.embedding(batch.tokens), batch)
 
     def _tied_weight(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_word_embeddings else None

@@ -1,25 +1,15 @@
 """The order of forward and backward passes of a step's micro batches."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
-from internlm.ops.cross_entropy import LossOutput
+from internlm.parallel.contract import GradientEngine, OnLoss
+from internlm.parallel.pipeline import Pipeline
 from internlm.parallel.sequence import own_part
-
-# Told of the loss of each micro batch, on the ranks that compute it: (output, the part of the row that it is of).
-OnLoss = Callable[[LossOutput, Batch], None]
-
-
-class GradientEngine(Protocol):
-    """What a schedule tells the optimizer."""
-
-    def begin_step(self, num_micro_batches: int) -> None: ...
-
-    def end_backward(self, modules: Collection[str] | None = None) -> None: ...
 
 
 class Schedule(Protocol):
@@ -64,4 +54,6 @@ class Accumulation:
 
 def build_schedule(model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> Schedule:
     """The schedule that `parallel.pipeline` asks for."""
+    if mesh.sizes["pipeline"] > 1:
+        return Pipeline(model, engine, config, mesh)
     return Accumulation(model, engine, config, mesh)

@@ -26,7 +26,7 @@ follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from internlm.config.schema import Config, HybridZeroConfig
-from internlm.core.collectives import all_gather_into
 from internlm.core.lanes import build_lanes
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
@@ -45,7 +44,7 @@ from internlm.ops.adamw import adam_scalars, adamw_
 from internlm.solver.buckets import Kind, Slot, UnitLayout, plan_units
 from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
-from internlm.solver.pieces import Piece, pieces_of
+from internlm.solver.pieces import Piece, joined, pieces_of
 from internlm.solver.unit import Unit
 from internlm.utils.device import torch_dtype
 from internlm.utils.logger import get_logger
@@ -96,7 +95,6 @@ class HybridZero:
         self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
         self.reduce_lane, self.gather_lane = build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
         self.num_updates = 0
-        self._num_micro_batches = 0
         self._unread_ok: Tensor | None = None
         self._in_flight: deque[Callable[[], None]] = deque()
 
@@ -115,6 +113,7 @@ class HybridZero:
             mesh.expert if layout.kind == "expert" else mesh.dense,
             mesh.device,
             copies=[mesh.dense.group("tensor")] if layout.kind == "copied" else [],
+            ends=mesh.group("pipeline") if layout.slots[0].placement.at_both_ends else None,
             grad_dtype=layout.dtype if zero.grad_dtype == "model" else torch.float32,
             moment_dtype=torch_dtype(zero.moment_dtype),
             split=zero.master == "split",
@@ -134,18 +133,24 @@ class HybridZero:
         self._read_ok()
         return self.scaler.scale
 
-    def begin_step(self, num_micro_batches: int) -> None:
-        """Announces how many micro batches make the step, so that the last one is known by counting."""
+    def begin_step(self, num_micro_batches: int, chunks: Sequence[Collection[str]] | None = None) -> None:
+        """Announces how many micro batches make the step, so that the last one is known by counting.
+
+        Args:
+            chunks: the modules whose backward comes at once, where the model's comes in several; a unit that modules of
+                two chunks use gets its gradients in two passes.
+        """
         self._read_ok()
-        self._num_micro_batches = num_micro_batches
         for unit in self.units:
+            passes = sum(not unit.modules.isdisjoint(modules) for modules in chunks) if chunks else 1
+            unit.num_passes = num_micro_batches * passes
             unit.num_complete = unit.num_ended = 0
             self._expect_gradients(unit)
 
     def end_backward(self, modules: Collection[str] | None = None) -> None:
-        """To be called after the backward of each micro batch: of the whole model, or of some `modules` (a stage)."""
+        """To be called after the backward of each micro batch: of the whole model, or of some `modules` (a chunk)."""
         for unit in reversed(self.units):
-            if modules is not None and unit.layout.modules[0] not in modules:
+            if modules is not None and unit.modules.isdisjoint(modules):
                 continue
             unit.num_ended += 1
             if unit.num_complete < unit.num_ended:  # parameters without a gradient this time
@@ -155,7 +160,7 @@ class HybridZero:
 
     def step(self, lr: float, beta2: float) -> StepResult:
         """Reduce, update, gather. Nothing changes when the gradient norm is not finite."""
-        assert all(unit.num_ended == self._num_micro_batches for unit in self.units), self._num_micro_batches
+        assert all(unit.num_ended == unit.num_passes for unit in self.units)
         norm = self._reduce()
         ok = norm.isfinite()
         self._update_and_gather(norm, ok, lr, beta2)
@@ -167,6 +172,8 @@ class HybridZero:
         while self._in_flight:
             self._in_flight.popleft()()
         self.wait()
+        for unit in self.units:
+            unit.add_other_end()
         counted = (unit.owned_grad for unit in self.units if unit.counts)
         return global_norm(counted, self.mesh) / self.scaler.scale
 
@@ -263,6 +270,18 @@ class HybridZero:
         while unit.pending:
             unit.pending.pop(0)()
 
+    def fetch(self, modules: Collection[str]) -> None:
+        """Has the parameters of modules at hand, for computing that is no call of a module. Until `drop`."""
+        for unit in self.units:
+            if not unit.modules.isdisjoint(modules):
+                self._use(unit)
+
+    def drop(self, modules: Collection[str]) -> None:
+        """Frees the parameters of modules until their next use, where ranks share them."""
+        for unit in self.units:
+            if not unit.modules.isdisjoint(modules):
+                self._drop(unit)
+
     def _drop(self, unit: Unit) -> None:
         if unit.sharded and unit.present:
             while unit.pending:
@@ -285,7 +304,7 @@ class HybridZero:
         """All gradients of a unit's micro batch are in: send them, if it is time."""
         self.trace("backward", unit.layout.name)
         self._drop(unit)
-        first, last = unit.first, unit.num_complete + 1 == self._num_micro_batches
+        first, last = unit.first, unit.num_complete + 1 == unit.num_passes
         unit.num_complete += 1
         self._expect_gradients(unit)
         if not (last or unit.grads_sharded):
@@ -325,19 +344,8 @@ class HybridZero:
                     self._use(unit)
                     value = unit.view(unit.full, slot).clone()
                     self._drop(unit)
-                    return self._joined(slot, value)
+                    return joined(slot.placement, value, self.mesh)
         raise KeyError(name)
-
-    def _joined(self, slot: Slot, part: Tensor) -> Tensor:
-        """The global parameter from the parts of the axis along which it is cut."""
-        placement = slot.placement
-        if placement.axis is None or self.mesh.sizes[placement.axis] == 1:
-            return part
-        dim = next(d for d, (start, stop) in enumerate(placement.box) if stop - start < placement.shape[d])
-        group = self.mesh.group(placement.axis)
-        parts = part.new_empty(group.size() * part.numel())
-        all_gather_into(parts, part.flatten(), group)
-        return torch.cat([chunk.view_as(part) for chunk in parts.chunk(group.size())], dim)
 
     def parameter_names(self) -> list[str]:
         """Names of the parameters of which this rank holds a part, in the order of the forward pass."""

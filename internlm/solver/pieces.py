@@ -7,7 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from internlm.core.placement import Box, box_shape, boxes_of_interval, shifted
+from internlm.core.collectives import all_gather_into
+from internlm.core.mesh import Mesh
+from internlm.core.placement import Box, Placement, box_shape, boxes_of_interval, shifted
 from internlm.solver.buckets import Slot
 from internlm.solver.unit import Unit
 
@@ -41,6 +43,17 @@ def pieces_of(unit: Unit, slot: Slot) -> Iterator[Piece]:
         if unit.layout.dtype != torch.float32:
             read, write = partial(_read_master, unit, place, shape), partial(_write_master, unit, place)
             yield Piece(slot.name, "master", whole, box, unit.counts, read, write)
+
+
+def joined(placement: Placement, part: Tensor, mesh: Mesh) -> Tensor:
+    """The global parameter from the parts of the axis along which it is cut. Collective."""
+    if placement.axis is None or mesh.sizes[placement.axis] == 1:
+        return part
+    dim = next(d for d, (start, stop) in enumerate(placement.box) if stop - start < placement.shape[d])
+    group = mesh.group(placement.axis)
+    parts = part.new_empty(group.size() * part.numel())
+    all_gather_into(parts, part.flatten(), group)
+    return torch.cat([chunk.view_as(part) for chunk in parts.chunk(group.size())], dim)
 
 
 def _read_master(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

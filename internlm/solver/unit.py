@@ -18,7 +18,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from internlm.core.collectives import all_gather_, all_gather_into, all_reduce_, own_chunk, reduce_scatter_
+from internlm.core.collectives import (
+    add_other_end_,
+    all_gather_,
+    all_gather_into,
+    all_reduce_,
+    own_chunk,
+    reduce_scatter_,
+)
 from internlm.core.mesh import Axes, Group
 from internlm.ops.adamw import join_master, round_to, split_master
 from internlm.solver.buckets import Slot, UnitLayout
@@ -44,6 +51,7 @@ class Unit:
         device: torch.device,
         *,
         copies: Sequence[Group],
+        ends: Group | None,
         grad_dtype: torch.dtype,
         moment_dtype: torch.dtype,
         split: bool,
@@ -53,7 +61,9 @@ class Unit:
         self.param_group, self.grad_group = axes.group("param"), axes.group("grad")
         self.optim_group = axes.group("optim")
         self.copies = (axes.group("replica"), *copies)  # who updates the same part of the same parameters
-        self.counts = all(group.rank() == 0 for group in self.copies)  # the one that norms and checkpoints count
+        self.ends = ends  # a pipeline's ranks, of which first and last have copies
+        holders = (*self.copies, *([ends] if ends else []))
+        self.counts = all(group.rank() == 0 for group in holders)  # the one that norms and checkpoints count
         p, g = axes.sizes["param"], axes.sizes["param"] * axes.sizes["grad"]
         self.sharded = p > 1
         self.grads_sharded = g > 1
@@ -75,8 +85,10 @@ class Unit:
         # Gradients of the running micro batch: `grads` itself, or a whole buffer that lives until it is reduced.
         self.incoming: Tensor | None = None if self.grads_sharded else self.grads
         self.missing: set[str] = set()
-        self.num_complete = 0  # micro batches of this step whose gradients are all in
-        self.num_ended = 0  # micro batches of this step whose backward is over
+        self.modules = frozenset(layout.modules)
+        self.num_passes = 0  # backward passes of this step: one per micro batch, where all gradients come at once
+        self.num_complete = 0  # passes of this step whose gradients are all in
+        self.num_ended = 0  # passes of this step that are over
         self.pending: list[Callable[[], None]] = []  # transfers to wait for before the parameters are read
         self.present = not self.sharded
         self.stale = False  # parameters of others were updated, and have not been gathered yet
@@ -170,6 +182,14 @@ class Unit:
             owned = reduce_scatter_(self.grads, self.optim_group)
             for group in self.copies:
                 all_reduce_(owned, group)
+
+    def add_other_end(self) -> None:
+        """Sums over the copies on the first and the last stage of a pipeline.
+
+        Not in `reduce`: the last stage is there before the first one has seen a gradient, and would wait for it.
+        """
+        if self.ends is not None:
+            add_other_end_(self.owned_grad, self.ends)
 
     @property
     def owned_grad(self) -> Tensor:

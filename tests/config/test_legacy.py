@@ -118,7 +118,7 @@ def test_conversions(small, key, value, new_key, expected):
     [
         ("parallel.zero1", 0, "write -1 for all data ranks or 1"),
         ("parallel.zero1", {"size": 0}, "write -1 for all data ranks or 1"),
-        ("parallel.pipeline", {"size": 2, "interleaved_overlap": True}, "not available yet"),
+        ("parallel.pipeline", {"size": 16, "interleaved_overlap": True}, "fewer than 16"),
         ("model.drop_rate", 0.1, "no dropout"),
         ("model.attn_drop_rate", 0.1, "no dropout"),
         ("model.use_swiglu", False, "only SwiGLU"),
@@ -130,7 +130,7 @@ def test_conversions(small, key, value, new_key, expected):
         ("model.moe_noisy_gate_policy", "RSample", "remove the key"),
         ("moe", {"top_k": 2, "noisy_gate_policy": "Jitter"}, "remove the key"),
         ("moe", {"topk": 2}, "see model.moe.*"),
-        ("model.num_chunks", 2, "pipeline chunks"),
+        ("model.num_chunks", 2, "needs parallel.pipeline.size > 1"),
         ("model_type", "LLAVA", "image input"),
         ("data.use_packed_dataset", False, "always packed"),
         ("lr_scheduler.last_epoch", 5, "remove the key"),

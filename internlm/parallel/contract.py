@@ -1,0 +1,22 @@
+"""What a schedule tells others, and what it asks of the optimizer."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+from internlm.model.batch import Batch
+from internlm.ops.cross_entropy import LossOutput
+
+# Told of the loss of each micro batch, on the ranks that compute it: (output, the part of the row that it is of).
+OnLoss = Callable[[LossOutput, Batch], None]
+
+
+class GradientEngine(Protocol):
+    """What a schedule tells the optimizer."""
+
+    def begin_step(self, num_micro_batches: int, chunks: Sequence[Collection[str]] | None = None) -> None: ...
+
+    def end_backward(self, modules: Collection[str] | None = None) -> None: ...
+
+    def fetch(self, modules: Collection[str]) -> None: ...
+
+    def drop(self, modules: Collection[str]) -> None: ...
