@@ -1,0 +1,254 @@
+"""A folder of 2023: which files it has, which generation wrote them, and where each tensor lies.
+
+Everything is found from names, keys and shapes, said in the log, and refused where it could mean two things.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+
+from internlm.checkpoint.legacy.pickles import read_pickle
+from internlm.checkpoint.legacy.tables import MLP_NAMES, Family, Row, family_of, generic, rows
+from internlm.checkpoint.storage import Storage
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+MODEL_FILE = re.compile(r"model_tp(?P<tp>\d+)(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt")
+_EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_tp\d+\.pt")
+_FSDP_FILE = re.compile(r"model_tp\d+(?:_wp\d+)?_pp\d+_dp\d+\.pt")
+_KEY = re.compile(r"(?P<prefix>(?:(?P<chunk>\d+)\.)?(?:model\.)?)(?P<name>.+)")
+_LAYER = re.compile(r"((?:blocks|layers)\.)(\d+)(\..+)")
+_BUFFER = re.compile(r".*\.(inv_freq|cos_cached|sin_cached)")
+
+
+def is_legacy_folder(storage: Storage, folder: str) -> bool:
+    """Whether files of the 2023 framework lie there."""
+    return any(name.startswith("model_tp") and name.endswith(".pt") for name in storage.names(folder))
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One rank's model file."""
+
+    name: str
+    tp: int
+    wp: int
+    pp: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tensors say about the model."""
+
+    family: Family
+    mlp: Literal["old", "new"]
+    split_hidden: bool
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    qkv_bias: bool
+    out_bias: bool
+
+
+class LegacyFolder:
+    """`folder` below `storage`. `mlp` settles which of w2 and w3 is the output where shapes can't. Raises UserError."""
+
+    def __init__(self, storage: Storage, folder: str, mlp: Literal["old", "new"] | None = None) -> None:
+        self.storage, self.folder = storage, folder
+        self.path = storage.show(folder)
+        self.names = storage.names(folder)
+        self.files = self._model_files()
+        self.is_isp = "_wp" in self.files[0].name
+        self.tensor_size, self.weight_size, self.num_stages = self._sizes()
+        self._places: dict[str, tuple[int, str]] = {}  # key with its global layer number -> stage, key in its files
+        self.num_layers, self.prefix = self._scan()
+        self.facts = self._detect(mlp)
+        self.table = rows(self.facts.family, self.facts.mlp, self.facts.split_hidden)
+        self._check_all_known()
+        self._report()
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def _model_files(self) -> list[ModelFile]:
+        found = []
+        for name in self.names:
+            if match := MODEL_FILE.fullmatch(name):
+                found.append(ModelFile(name, int(match["tp"]), int(match["wp"] or 0), int(match["pp"])))
+        if fsdp := [name for name in self.names if _FSDP_FILE.fullmatch(name)]:
+            raise UserError(
+                f"{self.path} holds {fsdp[0]}, a part of a model that PyTorch's FSDP cut up in 2023; only its own "
+                "program can join those: resume there without fsdp and save again"
+            )
+        if experts := [name for name in self.names if _EXPERT_FILE.fullmatch(name)]:
+            raise UserError(f"{self.path} holds {experts[0]}: mixture of experts of 2023 is not read yet")
+        if not found:
+            raise UserError(f"{self.path} holds no model_tp*_pp*.pt: it is no checkpoint of the 2023 framework")
+        if len({"_wp" in file.name for file in found}) > 1:
+            raise UserError(f"{self.path} mixes model files with and without _wp: those are of two checkpoints")
+        return sorted(found, key=lambda file: (file.pp, file.wp, file.tp))
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Tensor, weight and pipeline sizes; every rank's file must be there."""
+        sizes = [1 + max(getattr(file, axis) for file in self.files) for axis in ("tp", "wp", "pp")]
+        for stage in range(sizes[2]):
+            here = [file for file in self.files if file.pp == stage]
+            missing = [
+                f"tp{t}" for t in range(sizes[0]) if not any(file.tp == t for file in here)
+            ] + [f"wp{w}" for w in range(sizes[1]) if not any(file.wp == w for file in here)]
+            if missing:
+                raise UserError(f"{self.path} lacks the model file of {', '.join(missing)} of pipeline stage {stage}")
+        return sizes[0], sizes[1], sizes[2]
+
+    def read_file(self, name: str) -> Any:
+        """The content of one file of the folder."""
+        return read_pickle(self.storage, f"{self.folder}/{name}" if self.folder else name)
+
+    # -- keys ---------------------------------------------------------------------------------------------------
+
+    def _scan(self) -> tuple[int, str]:
+        """Gives every layer its global number: by chunk, then by stage. Returns (layers, prefix of keys)."""
+        layers: dict[tuple[int, int], set[int]] = {}  # (chunk, stage) -> local numbers
+        found: list[tuple[int, int, str, str]] = []  # chunk, stage, name, key
+        prefixes: dict[str, str] = {}  # without chunk number -> a key
+        for stage in range(self.num_stages):
+            for key in self.read_file(self._shard_files(stage, False)[0].name):
+                match = _KEY.fullmatch(key)
+                assert match is not None
+                chunk = int(match["chunk"] or 0)
+                prefixes.setdefault(re.sub(r"\d+", "0", match["prefix"]), key)
+                found.append((chunk, stage, match["name"], key))
+                if layer := _LAYER.fullmatch(match["name"]):
+                    layers.setdefault((chunk, stage), set()).add(int(layer[2]))
+        if len(prefixes) > 1:
+            raise UserError(f"{self.path} mixes keys such as {' and '.join(prefixes.values())}: of two generations")
+        first: dict[tuple[int, int], int] = {}
+        total = 0
+        for place in sorted(layers):
+            numbers = layers[place]
+            if numbers != set(range(len(numbers))):
+                raise UserError(
+                    f"{self.path}: stage {place[1]} holds layers {sorted(numbers)}, a checkpoint of 2023 counts them "
+                    "from 0 in each stage"
+                )
+            first[place] = total
+            total += len(numbers)
+        for chunk, stage, name, key in found:
+            layer = _LAYER.fullmatch(name)
+            whole = f"{layer[1]}{int(layer[2]) + first[chunk, stage]}{layer[3]}" if layer else name
+            if whole in self._places:
+                raise UserError(f"{self.path}: {key} is in the files of two stages")
+            self._places[whole] = (stage, key)
+        return total, next(iter(prefixes), "")
+
+    def _detect(self, mlp: Literal["old", "new"] | None) -> Facts:
+        family = family_of(self._places)
+        if family is None:
+            if any("moe_layer" in key for key in self._places):
+                raise UserError(f"{self.path} is a mixture of experts, which is not read yet")
+            some = ", ".join(list(self._places)[:3])
+            raise UserError(f"{self.path} is of no known family: it has neither Wqkv, wqkv nor wq (its keys: {some} ...)")
+        block, inner = ("blocks.0", "mlp") if family == "INTERNLM" else ("layers.0", "feed_forward")
+        embedding, head = ("embedding", "head") if family == "INTERNLM" else ("tok_embeddings", "output")
+        qkv = {"INTERNLM": "mixer.Wqkv", "INTERNLM2_PUBLIC": "attention.wqkv", "LLAMA2": "attention.wq"}[family]
+        out = "mixer.out_proj" if family == "INTERNLM" else "attention.wo"
+        if f"{block}.{inner}.fc1.weight" in self._places:
+            raise UserError(f"{self.path} was trained with use_swiglu=False; only SwiGLU feed-forwards are built")
+        hidden = self._shape("norm.weight")[0]
+        cut = self.weight_size if self.is_isp else self.tensor_size
+        split_hidden = f"{embedding}.weight" in self._places
+        vocab = self._shape(f"{head}.weight")[0] * self.tensor_size
+        widths = {name: self._shape(f"{block}.{inner}.{name}.weight") for name in ("w1", "w2", "w3")}
+        return Facts(
+            family=family,
+            mlp=mlp or self._mlp_names(family, widths, hidden),
+            split_hidden=split_hidden,
+            num_layers=self.num_layers,
+            hidden_size=hidden,
+            vocab_size=vocab,
+            intermediate_size=widths["w1"][0] * cut,
+            qkv_bias=f"{block}.{qkv}.bias" in self._places,
+            out_bias=f"{block}.{out}.bias" in self._places,
+        )
+
+    def _mlp_names(self, family: Family, shapes: dict[str, tuple[int, ...]], hidden: int) -> Literal["old", "new"]:
+        """The one of w2 and w3 with `hidden` columns is the up projection, beside the gate."""
+        is_up = {name: shapes[name][1] == hidden for name in ("w2", "w3")}
+        if is_up["w2"] != is_up["w3"]:
+            return "old" if is_up["w2"] else "new"
+        if family == "INTERNLM2_PUBLIC":
+            return "new"  # its names never changed
+        raise UserError(
+            f"{self.path}: w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])} have shapes that don't tell which of them "
+            "is the output of the feed-forward layer. It is w3 in InternLM 0.1 to 0.2.1 and InternEvo up to 0.2.3, w2 "
+            "from InternEvo 0.3.0 on: convert the folder with tools/convert2hf.py --version 1 (w3) or --version 2 (w2)"
+        )
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """Of the first rank's part of a tensor."""
+        if key not in self._places:
+            raise UserError(f"{self.path} lacks {key}: files of a stage are missing, or another program wrote them")
+        stage, raw = self._places[key]
+        return tuple(self.read_file(self._shard_files(stage, False)[0].name)[raw].shape)
+
+    def _check_all_known(self) -> None:
+        known = {
+            row.key.replace("{i}", str(i)) for rows_ in self.table.values() for row in rows_ for i in range(self.num_layers)
+        }
+        unknown = [key for key in self._places if key not in known and not _BUFFER.fullmatch(key)]
+        if unknown:
+            raise UserError(f"{self.path} holds {unknown[0]}, which is no part of {self.facts.family}")
+
+    def _report(self) -> None:
+        facts, names = self.facts, MLP_NAMES[self.facts.mlp]
+        logger.info(
+            f"{self.path}: {facts.family} of 2023, {facts.num_layers} layers of {facts.hidden_size}, tensor size "
+            f"{self.tensor_size}, weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start with "
+            f"{self.prefix!r}, gate {names['gate']}, up {names['up']}, down {names['down']}, embedding cut along its "
+            f"{'columns' if facts.split_hidden else 'rows'}"
+        )
+
+    # -- tensors ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def model_config(self) -> dict[str, Any] | None:
+        """model_config.pt: the model section of the run; None where the file is missing."""
+        return self.read_file("model_config.pt") if "model_config.pt" in self.names else None
+
+    def _shard_files(self, stage: int, by_tensor: bool) -> list[ModelFile]:
+        """One file per shard of a stage: isp cuts blocks by weight rank, all else is cut by tensor rank."""
+        axis = "wp" if self.is_isp and not by_tensor else "tp"
+        first: dict[int, ModelFile] = {}
+        for file in self.files:
+            if file.pp == stage:
+                first.setdefault(getattr(file, axis), file)
+        return [first[rank] for rank in sorted(first)]
+
+    def locate(self, native: str) -> list[tuple[Row, list[ModelFile], str]]:
+        """Per tensor of 2023 that a native parameter is made of: its row, the files of all its shards, its key there.
+
+        Raises UserError where the folder has no such tensor.
+        """
+        name, layer = generic(native)
+        located = []
+        for row in self.table[name]:
+            key = row.key if layer is None else row.key.replace("{i}", str(layer))
+            if key not in self._places:
+                raise UserError(f"{self.path} lacks {key}, which {native} needs")
+            stage, raw = self._places[key]
+            files = self._shard_files(stage, by_tensor=not row.in_block)
+            alone = row.cut == "whole" or (row.cut == "first" and not self.is_isp)
+            located.append((row, files[:1] if alone else files, raw))
+        return located
+
+    def shard(self, file: ModelFile, key: str) -> Tensor:
+        """One rank's part of a tensor. The file is mapped anew each time, so that its pages don't add up in memory."""
+        tensors = self.read_file(file.name)
+        if key not in tensors:
+            raise UserError(f"{self.storage.show(f'{self.folder}/{file.name}')} lacks {key}, which other ranks have")
+        return tensors[key]

@@ -1,0 +1,170 @@
+"""Folders of every generation of 2023 hold what was put into them, and compute what transformers computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.legacy.reader import LegacyReader
+from internlm.model.transformer import Transformer
+from internlm.utils.errors import UserError
+from safetensors.torch import load_file
+from tests.checkpoint import folders_2023 as old
+from tests.model.tiny import random_batch
+
+MODELS: dict[str, old.Generation] = {
+    "0.1": old.V01,
+    "0.1_tp2": old.V01.at(tp=2),
+    "0.2_tp2_pp2": old.V02.at(tp=2, pp=2, zero=2),
+    "0.2.1_tp4": old.V021.at(tp=4, split_hidden=False),
+    "0.2.1_pp2_chunks2": old.V021.at(pp=2, chunks=2, zero=3),
+    "0.2.1_overlap": old.V021.at(zero=2, overlap=True),
+    "0.2.1_fp32": old.V021.at(dtype=torch.float32, zero=2),
+    "evo0.2_internlm2_tp2": old.EVO02_INTERNLM2.at(tp=2, adapt_hf=False, split_hidden=False),
+    "evo0.2_llama2_tp2_pp2": old.EVO02_LLAMA2.at(tp=2, pp=2),
+    "evo0.3.2_pp3": old.EVO032.at(pp=3),
+    "evo0.3.3_tp2_chunks4": old.EVO033.at(tp=2, chunks=4),
+    "evo_internlm2_tp2_pp2_chunks2": old.EVO_INTERNLM2.at(tp=2, pp=2, chunks=2, zero=2),
+    "evo_internlm2_bias": old.EVO_INTERNLM2.at(tp=2, bias=True),
+    "evo_llama2_interleaved": old.EVO_LLAMA2.at(adapt_hf=False),
+    "evo_isp": old.EVO_ISP.at(tp=2, wp=4, dp=4, pp=2),
+    "evo_isp_wide": old.EVO_ISP.at(tp=4, wp=2, dp=2),
+    "evo_isp_bias": old.EVO_ISP.at(tp=2, wp=2, dp=1, bias=True),
+    "evo_isp_internlm": old.EVO033.at(groups=("default", "embed_head", "fp32"), tp=1, wp=4, dp=4),
+}
+
+
+def llama(generation: old.Generation, weights: old.Weights) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=old.VOCAB,
+        hidden_size=old.HIDDEN,
+        intermediate_size=old.FFN,
+        num_hidden_layers=old.LAYERS,
+        num_attention_heads=old.HEADS,
+        num_key_value_heads=generation.kv_heads,
+        attention_bias=generation.bias,
+        rms_norm_eps=1e-5,
+    )
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    generation = MODELS[name].at(dtype=torch.float32)
+    weights = old.random_weights(generation)
+    old.write(tmp_path / "7", generation, weights)
+    reader = LegacyReader(tmp_path / "7")
+    model = Transformer(reader.config.model)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.copy_(reader.read(parameter_name))
+    batch = random_batch((23,), old.VOCAB)
+    theirs = llama(generation, weights)(batch.tokens[None]).logits[0]
+    torch.testing.assert_close(model(batch), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_masters_and_moments_are_those_that_were_written(name: str, tmp_path: Path) -> None:
+    """An export of each kind, which has Llama's names again, equals what the generator was given."""
+    generation = MODELS[name]
+    masters, *moments = (old.random_weights(generation, seed) for seed in range(3))
+    old.write(tmp_path / "7", generation, masters, (moments[0], moments[1]))
+    reader = LegacyReader(tmp_path / "7")
+    config = reader.config.model_copy(
+        update={"model": reader.config.model.model_copy(update={"dtype": "torch.float32", "norm_head": False})}
+    )
+    saved = {key: value.to(generation.dtype) for key, value in masters.items()}
+    for kind, expected in zip(("param", "master", "exp_avg", "exp_avg_sq"), (saved, masters, *moments), strict=True):
+        export_hf(lambda name, kind=kind: reader.read(name, kind), config, tmp_path / kind, arch="llama")
+        found = load_file(tmp_path / kind / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value.float()), (kind, key)
+
+
+def test_a_plan_that_is_lost_is_made_again(tmp_path: Path) -> None:
+    generation = old.V02.at(zero=3, plan="none")
+    masters, *moments = (old.random_weights(generation, seed) for seed in range(3))
+    old.write(tmp_path / "7", generation, masters, (moments[0], moments[1]))
+    down = LegacyReader(tmp_path / "7").read("layers.2.feed_forward.w2.weight", "exp_avg")
+    assert torch.equal(down, moments[0]["model.layers.2.mlp.down_proj.weight"])
+
+    old.write(tmp_path / "8", generation.at(overlap=True), masters, (moments[0], moments[1]))
+    with pytest.raises(UserError, match=r"holds \d+ elements, its plan says"):
+        LegacyReader(tmp_path / "8").read("head.weight", "master")
+
+
+def test_what_was_detected_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    generation = old.V02.at(tp=2)
+    old.write(tmp_path / "7", generation, old.random_weights(generation))
+    with caplog.at_level("INFO", "internlm"):
+        LegacyReader(tmp_path / "7")
+    assert "keys start with 'model.', gate w1, up w2, down w3" in caplog.text
+    assert "tensor size 2" in caplog.text
+
+
+def test_square_feed_forwards_are_ambiguous(tmp_path: Path) -> None:
+    for name, generation in {"old": old.V02, "new": old.EVO033}.items():
+        weights = old.random_weights(generation, ffn=old.HIDDEN)
+        old.write(tmp_path / name, generation, weights)
+        with pytest.raises(UserError, match="don't tell which of them is the output"):
+            LegacyReader(tmp_path / name)
+        read = LegacyReader(tmp_path / name, mlp=name).read("layers.1.feed_forward.w2.weight")  # type: ignore[arg-type]
+        assert torch.equal(read, weights["model.layers.1.mlp.down_proj.weight"].bfloat16())
+    generation = old.EVO_INTERNLM2  # whose names never changed
+    weights = old.random_weights(generation, ffn=old.HIDDEN)
+    old.write(tmp_path / "internlm2", generation, weights)
+    read = LegacyReader(tmp_path / "internlm2").read("layers.1.feed_forward.w2.weight")
+    assert torch.equal(read, weights["model.layers.1.mlp.down_proj.weight"].bfloat16())
+
+
+def _without(*names: str) -> Any:
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def _edit(name: str, change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        state = torch.load(folder / name, weights_only=True)
+        change(state)
+        torch.save(state, folder / name)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without("model_tp0_pp1.pt"), "lacks the model file of tp0 of pipeline stage 1"),
+        (_without("model_tp1_pp0.pt", "model_tp1_pp1.pt"), "hidden_size|vocab_size=64.*say 32"),
+        (_without("model_tp0_pp1.pt", "model_tp1_pp1.pt"), r"lacks norm\.weight"),
+        (_without("model_config.pt"), "has no model_config.pt"),
+        (_without("optimizer_tp1_pp0_zo1.pt"), "zero rank's file is missing"),
+        (_edit("model_tp1_pp0.pt", lambda s: s.pop("model.blocks.0.mlp.w1.weight")), "which other ranks have"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({"blocks.0.x": torch.ones(1)})), "of two generations"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.0.x": torch.ones(1)})), "is no part of INTERNLM"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.9.norm1.weight": torch.ones(1)})), "counts them"),
+        (lambda folder: (folder / "model_tp0_pp0_dp0.pt").touch(), "FSDP"),
+        (lambda folder: (folder / "model_moe_layer0_expert0_tp0.pt").touch(), "mixture of experts"),
+        (lambda folder: (folder / "model_tp0_wp0_pp0.pt").touch(), "mixes model files"),
+        (lambda folder: (folder / "model_tp1_pp1.pt").write_bytes(b"PK"), "can't be read"),
+    ],
+)
+def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+    generation = old.V021.at(tp=2, pp=2, zero=2)
+    weights = old.random_weights(generation)
+    old.write(tmp_path / "7", generation, weights, (weights, weights))
+    damage(tmp_path / "7")
+    with pytest.raises(UserError, match=message):
+        reader = LegacyReader(tmp_path / "7")
+        for name in ("layers.0.feed_forward.w13.weight", "head.weight", "layers.1.attention.wqkv.weight"):
+            reader.read(name)
+            reader.read(name, "master")
