@@ -3,16 +3,18 @@
     python tools/convert2hf.py --src_folder runs/demo/checkpoints --tgt_folder hf --tokenizer tokenizer.model
 
 The source is the folder of one checkpoint, or one that holds checkpoints, of which the newest good one is taken.
+Checkpoints of the 2023 framework (model_tp*_pp*.pt) are read as they are, cut up in whatever way.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
-from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.native import open_checkpoint
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging
 
@@ -25,10 +27,16 @@ modeling_*.py files must be put beside them."""
 DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
 model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
 
+VERSION_HELP = """which tensor of a 2023 checkpoint is the output of its feed-forward layers: 1: w3 (InternLM 0.1 to
+0.2.1, InternEvo up to 0.2.3), 2: w2 (InternEvo from 0.3.0 on). Needed only where shapes don't tell."""
+VERSIONS: dict[int | None, Literal["old", "new"]] = {1: "old", 2: "new"}
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src_folder", "--src", required=True, help="checkpoint, or a folder of checkpoints")
+    parser.add_argument(
+        "--src_folder", "--src", required=True, help="checkpoint of any generation, or a folder of them"
+    )
     parser.add_argument("--tgt_folder", "--tgt", required=True, help="folder of the export; made if missing")
     parser.add_argument(
         "--tokenizer", help="sentencepiece .model file or Hugging Face folder; default: data.tokenizer_path of the run"
@@ -37,6 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", help=DTYPE_HELP)
     parser.add_argument("--max_shard", default="10GB", help="largest size of one safetensors file, default 10GB")
     parser.add_argument("--max_pos", type=int, help="max_position_embeddings to write; default: the trained one")
+    parser.add_argument("--version", type=int, choices=[1, 2], help=VERSION_HELP)
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --tgt_folder")
     return parser.parse_args(arguments)
 
@@ -46,7 +55,7 @@ def convert(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
-    reader = NativeReader(arguments.src_folder)
+    reader = open_checkpoint(arguments.src_folder, mlp=VERSIONS.get(arguments.version))
     config = reader.config
     if arguments.max_pos is not None:
         if arguments.max_pos <= 0:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from internlm.apis.sampling import Sampling
 from internlm.checkpoint.hf import HFReader
-from internlm.checkpoint.native import NativeReader, is_hf_folder
+from internlm.checkpoint.native import CheckpointReader, is_hf_folder, open_checkpoint
 from internlm.config.schema import ModelConfig
 from internlm.model.attention import KVCache
 from internlm.model.transformer import Transformer
@@ -32,18 +32,18 @@ def load_model(
     return model, model.config
 
 
-def open_model(folder: str | Path) -> HFReader | NativeReader:
+def open_model(folder: str | Path) -> HFReader | CheckpointReader:
     """What a folder holds, before its tensors are read."""
-    return HFReader(folder) if is_hf_folder(folder) else NativeReader(folder)
+    return HFReader(folder) if is_hf_folder(folder) else open_checkpoint(folder)
 
 
-def model_config(reader: HFReader | NativeReader) -> ModelConfig:
+def model_config(reader: HFReader | CheckpointReader) -> ModelConfig:
     """The model section of an opened folder, `dtype` as it is stored."""
     return ModelConfig(**reader.config_model()) if isinstance(reader, HFReader) else reader.config.model
 
 
 def read_model(
-    reader: HFReader | NativeReader,
+    reader: HFReader | CheckpointReader,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
@@ -51,7 +51,7 @@ def read_model(
     """The model of an opened folder; see `load_model`."""
     target = default_device() if device is None else torch.device(device)
     config = model_config(reader)
-    fp32_norm = isinstance(reader, NativeReader) and reader.config.use_fp32_norm
+    fp32_norm = not isinstance(reader, HFReader) and reader.config.use_fp32_norm
     if dtype is not None:
         config = config.model_copy(update={"dtype": str(dtype)})
     with torch.device("meta"):
@@ -59,8 +59,7 @@ def read_model(
     model = model.to_empty(device=target).requires_grad_(False).eval()
     parameters = list(model.named_parameters())
     for number, (name, parameter) in enumerate(parameters, 1):
-        value = reader.value_of(name, tuple(parameter.shape)) if isinstance(reader, HFReader) else reader.read(name)
-        parameter.copy_(value)
+        parameter.copy_(reader.read(name))
         if progress is not None:
             progress(number, len(parameters))
     return model

@@ -213,7 +213,8 @@ class HFReader:
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._files = self._tensor_files()
         self._entries: dict[str, list[Entry]] = {}
-        for entry in entries(self._hf["model_type"], native_shapes(ModelConfig(**self._section))):
+        self._shapes = native_shapes(ModelConfig(**self._section))
+        for entry in entries(self._hf["model_type"], self._shapes):
             self._entries.setdefault(entry.native, []).append(entry)
         self._check_names()
 
@@ -226,12 +227,16 @@ class HFReader:
         """Keys of the model section that describe the folder's model, `dtype` as its config.json says."""
         return dict(self._section)
 
-    def value_of(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The native parameter `name` as fp32 tensor of `shape` on the CPU."""
+    def read(self, name: str) -> Tensor:
+        """The native parameter `name` on the CPU, in the dtype it is stored in."""
         assert name in self._entries, f"{name} is no parameter of {self._section}"
-        value = torch.empty(shape, dtype=torch.float32)
+        value: Tensor | None = None
         for entry in self._entries[name]:
-            entry.paste(value, self._tensor(entry))
+            part = self._tensor(entry)
+            if value is None:
+                value = torch.empty(self._shapes[name], dtype=part.dtype)
+            entry.paste(value, part)
+        assert value is not None
         return to_interleaved(name, value) if self._interleaved else value
 
     def _tensor(self, entry: Entry) -> Tensor:

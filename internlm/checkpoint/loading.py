@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from internlm.checkpoint.compare import check_model
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.hf import HFReader
+from internlm.checkpoint.legacy.folder import is_legacy_folder
+from internlm.checkpoint.legacy.resume import load_legacy, marked_step, newest_legacy_folder
 from internlm.checkpoint.manifest import BrokenCheckpointError, Manifest, check_files, list_checkpoints, read_manifest
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
@@ -37,6 +39,15 @@ class Found:
         return json.loads(self.storage.read(f"{self.folder}/{name}"))
 
 
+class Candidate(NamedTuple):
+    """What looks like a checkpoint of this run."""
+
+    step: int
+    kind: str
+    folder: str
+    is_legacy: bool  # of the 2023 framework
+
+
 class Loader:
     """Finds, verifies and loads checkpoints. All methods are collective."""
 
@@ -60,8 +71,12 @@ class Loader:
         """
         ckpt = self.config.ckpt
         candidates = self.control.from_first(self._candidates() if self.control.rank == 0 else [])
+        if ckpt.auto_resume and candidates and candidates[0].is_legacy:
+            path = self.storages[candidates[0].kind].show(candidates[0].folder)
+            load_legacy(path, ("all",), self.config, self.optimizer, self.state, self.control)
+            return None
         if ckpt.auto_resume and candidates:
-            found = self._newest_good(candidates)
+            found = self._newest_good([candidate for candidate in candidates if not candidate.is_legacy])
             self._load(found, ("all",))
             logger.info("resumed from %s at step %d", found, self.state.step_count)
             return found
@@ -79,16 +94,26 @@ class Loader:
             self._load_named(ckpt.load_ckpt_info)
         return None
 
-    def _candidates(self) -> list[tuple[int, str, str]]:
-        """(step, kind, folder) of all that look like checkpoints, newest first, normal ones before snapshots."""
-        found = [
-            (step, kind, folder) for kind, root in self.storages.items() for step, folder in list_checkpoints(root)
-        ]
-        return sorted(found, key=lambda item: -item[0])
+    def _candidates(self) -> list[Candidate]:
+        """All that look like checkpoints, newest first, normal ones before snapshots."""
+        found = []
+        for kind, root in self.storages.items():
+            for step, folder in list_checkpoints(root):
+                if not is_legacy_folder(root, folder):
+                    found.append(Candidate(step, kind, folder, False))
+                elif (marked := marked_step(root, folder)) is not None:
+                    found.append(Candidate(marked, kind, folder, True))
+                else:
+                    common_warning(
+                        logger,
+                        f"passing over {root.show(folder)}: a folder of 2023 without a .step file may be incomplete; "
+                        "ckpt.load_ckpt_info can name it",
+                    )
+        return sorted(found, key=lambda candidate: -candidate.step)
 
-    def _newest_good(self, candidates: Sequence[tuple[int, str, str]]) -> Found:
+    def _newest_good(self, candidates: Sequence[Candidate]) -> Found:
         reasons = []
-        for _, kind, folder in candidates:
+        for _, kind, folder, _ in candidates:
             try:
                 return self._verified(self.storages[kind], folder)
             except BrokenCheckpointError as error:
@@ -120,6 +145,10 @@ class Loader:
         storage = Storage(parent or ("/" if info.path.startswith("/") else "."))
         if "optimizer" in info.content and "model" not in info.content:
             raise UserError('ckpt.load_ckpt_info.content: "optimizer" needs "model": masters and parameters are one')
+        legacy = newest_legacy_folder(info.path) if self.control.rank == 0 else None
+        if (legacy := self.control.from_first(legacy)) is not None:
+            load_legacy(legacy, info.content, self.config, self.optimizer, self.state, self.control)
+            return
         try:
             found = self._verified(storage, folder)
         except BrokenCheckpointError as error:
@@ -187,7 +216,7 @@ class Loader:
             if piece.kind != "param":
                 continue
             if piece.name != name:
-                name, value = piece.name, reader.value_of(piece.name, piece.global_shape)
+                name, value = piece.name, reader.read(piece.name)
             assert value is not None
             piece.write(value[tuple(slice(start, stop) for start, stop in piece.box)])
         self.optimizer.loaded({"param"})

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from internlm.checkpoint.legacy.reader import LegacyReader
+from internlm.checkpoint.legacy.resume import newest_legacy_folder
 from internlm.checkpoint.manifest import (
     MANIFEST,
     BrokenCheckpointError,
@@ -81,6 +84,19 @@ def _find(url: str) -> tuple[Storage, str, Manifest]:
         reasons.append(f"{root.show(folder)}: {'; '.join(problems)}")
         logger.warning(f"passing over a broken checkpoint: {reasons[-1]}")
     raise UserError("no checkpoint is whole:\n" + "\n".join(reasons))
+
+
+CheckpointReader = NativeReader | LegacyReader
+
+
+def open_checkpoint(folder: str | Path, mlp: Literal["old", "new"] | None = None) -> CheckpointReader:
+    """The reader of a checkpoint of this program or of the 2023 framework, or of the newest in a folder of them.
+
+    `mlp` settles what a folder of 2023 with square feed-forward layers leaves open, see `LegacyFolder`.
+    """
+    url = str(Path(folder).expanduser()) if "://" not in str(folder) else str(folder)
+    legacy = newest_legacy_folder(url)
+    return NativeReader(folder) if legacy is None else LegacyReader(legacy, mlp=mlp)
 
 
 def is_hf_folder(folder: str | Path) -> bool:

@@ -103,7 +103,9 @@ def write(
         for t, w, p in _ranks(g):
             name = f"tp{t}_pp{p}" if g.wp is None else f"tp{t}_wp{w}_pp{p}"
             state = cut(g, masters, t, w, p)
-            torch.save(OrderedDict((key, value.to(g.dtype)) for key, value in state.items()), folder / f"model_{name}.pt")
+            torch.save(
+                OrderedDict((key, value.to(g.dtype)) for key, value in state.items()), folder / f"model_{name}.pt"
+            )
             torch.save({}, folder / f"topo_{name}.json")
         if moments is not None:
             _write_optimizer(folder, g, masters, moments, step, classes)

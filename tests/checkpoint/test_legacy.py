@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
-from safetensors.torch import load_file
 from tests.checkpoint import folders_2023 as old
 from tests.model.tiny import random_batch
 
@@ -53,7 +53,10 @@ def llama(generation: old.Generation, weights: old.Weights) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+COMPUTED = ("0.2_tp2_pp2", "evo0.2_internlm2_tp2", "evo_llama2_interleaved", "evo_isp_internlm")
+
+
+@pytest.mark.parametrize("name", COMPUTED)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     generation = MODELS[name].at(dtype=torch.float32)

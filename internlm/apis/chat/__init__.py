@@ -19,7 +19,7 @@ from internlm.apis.sampling import Sampling
 from internlm.apis.tokenizer import TextStream, Tokenizer, open_tokenizer
 from internlm.apis.tool_calls import parse_tool_calls
 from internlm.checkpoint.hf import HFReader
-from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.native import CheckpointReader
 from internlm.data.chat_template import ChatTemplate, find_template, template_of
 from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
@@ -234,7 +234,7 @@ def load_chat(
     return ChatModel(batcher, words, chat_template, Path(folder).resolve().name)
 
 
-def _tokenizer_path(reader: HFReader | NativeReader, folder: str | Path) -> str | Path:
+def _tokenizer_path(reader: HFReader | CheckpointReader, folder: str | Path) -> str | Path:
     if isinstance(reader, HFReader):
         return folder
     path = reader.config.data.tokenizer_path
@@ -243,7 +243,7 @@ def _tokenizer_path(reader: HFReader | NativeReader, folder: str | Path) -> str 
     return path
 
 
-def _template(reader: HFReader | NativeReader, folder: str | Path) -> ChatTemplate:
+def _template(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:
     if isinstance(reader, HFReader):
         return template_of(folder)
     name = _NATIVE_TEMPLATES.get(reader.config.model_type)

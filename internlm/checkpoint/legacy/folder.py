@@ -98,9 +98,9 @@ class LegacyFolder:
         sizes = [1 + max(getattr(file, axis) for file in self.files) for axis in ("tp", "wp", "pp")]
         for stage in range(sizes[2]):
             here = [file for file in self.files if file.pp == stage]
-            missing = [
-                f"tp{t}" for t in range(sizes[0]) if not any(file.tp == t for file in here)
-            ] + [f"wp{w}" for w in range(sizes[1]) if not any(file.wp == w for file in here)]
+            missing = [f"tp{t}" for t in range(sizes[0]) if not any(file.tp == t for file in here)] + [
+                f"wp{w}" for w in range(sizes[1]) if not any(file.wp == w for file in here)
+            ]
             if missing:
                 raise UserError(f"{self.path} lacks the model file of {', '.join(missing)} of pipeline stage {stage}")
         return sizes[0], sizes[1], sizes[2]
@@ -152,7 +152,9 @@ class LegacyFolder:
             if any("moe_layer" in key for key in self._places):
                 raise UserError(f"{self.path} is a mixture of experts, which is not read yet")
             some = ", ".join(list(self._places)[:3])
-            raise UserError(f"{self.path} is of no known family: it has neither Wqkv, wqkv nor wq (its keys: {some} ...)")
+            raise UserError(
+                f"{self.path} is of no known family: it has neither Wqkv, wqkv nor wq (its keys: {some} ...)"
+            )
         block, inner = ("blocks.0", "mlp") if family == "INTERNLM" else ("layers.0", "feed_forward")
         embedding, head = ("embedding", "head") if family == "INTERNLM" else ("tok_embeddings", "output")
         qkv = {"INTERNLM": "mixer.Wqkv", "INTERNLM2_PUBLIC": "attention.wqkv", "LLAMA2": "attention.wq"}[family]
@@ -184,7 +186,7 @@ class LegacyFolder:
         if family == "INTERNLM2_PUBLIC":
             return "new"  # its names never changed
         raise UserError(
-            f"{self.path}: w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])} have shapes that don't tell which of them "
+            f"{self.path}: w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])} have shapes that don't tell which "
             "is the output of the feed-forward layer. It is w3 in InternLM 0.1 to 0.2.1 and InternEvo up to 0.2.3, w2 "
             "from InternEvo 0.3.0 on: convert the folder with tools/convert2hf.py --version 1 (w3) or --version 2 (w2)"
         )
@@ -198,7 +200,10 @@ class LegacyFolder:
 
     def _check_all_known(self) -> None:
         known = {
-            row.key.replace("{i}", str(i)) for rows_ in self.table.values() for row in rows_ for i in range(self.num_layers)
+            row.key.replace("{i}", str(i))
+            for rows_ in self.table.values()
+            for row in rows_
+            for i in range(self.num_layers)
         }
         unknown = [key for key in self._places if key not in known and not _BUFFER.fullmatch(key)]
         if unknown:
@@ -208,9 +213,9 @@ class LegacyFolder:
         facts, names = self.facts, MLP_NAMES[self.facts.mlp]
         logger.info(
             f"{self.path}: {facts.family} of 2023, {facts.num_layers} layers of {facts.hidden_size}, tensor size "
-            f"{self.tensor_size}, weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start with "
-            f"{self.prefix!r}, gate {names['gate']}, up {names['up']}, down {names['down']}, embedding cut along its "
-            f"{'columns' if facts.split_hidden else 'rows'}"
+            f"{self.tensor_size}, weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start "
+            f"with {self.prefix!r}, gate {names['gate']}, up {names['up']}, down {names['down']}, embedding cut along "
+            f"its {'columns' if facts.split_hidden else 'rows'}"
         )
 
     # -- tensors ------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ class LegacyOptimizer:
             _File(name, int(m["tp"]), int(m["wp"] or 0), int(m["pp"]), int(m["rank"])) for name, m in found if m
         ]
         if not self.files:
-            raise UserError(f'{folder.path} holds no optimizer_*.pt: leave "optimizer" out of ckpt.load_ckpt_info.content')
+            raise UserError(
+                f'{folder.path} holds no optimizer_*.pt: leave "optimizer" out of ckpt.load_ckpt_info.content'
+            )
         # (stage, axis, rank on it, key): isp cuts blocks between weight ranks and the rest between tensor ranks
         self._owners: dict[tuple[int, str, int, str], _Owner] = {}
         for file in self.files:
@@ -72,8 +74,8 @@ class LegacyOptimizer:
         owner = self._owners.get((file.pp, axis, rank, key))
         if owner is None:
             raise UserError(
-                f"{self.folder.path}: no optimizer file of stage {file.pp}, {axis}{rank} holds {key}; a zero rank's file "
-                "is missing (InternLM 0.1 wrote too few with tensor parallel)"
+                f"{self.folder.path}: no optimizer file of stage {file.pp}, {axis}{rank} holds {key}; a zero rank's "
+                "file is missing (InternLM 0.1 wrote too few with tensor parallel)"
             )
         states = self.folder.read_file(owner.file)
         if kind == "master":
@@ -158,8 +160,8 @@ class LegacyOptimizer:
         number, *dims = (int(part) for part in identity.split("_"))
         if number >= len(ordered) or ordered[number][1] != tuple(dims):
             raise UserError(
-                f"{self.folder.path}/{file.name}: its plan names parameter {identity}, which the model file of the same "
-                "rank doesn't have at that place; the two are of different runs"
+                f"{self.folder.path}/{file.name}: its plan names parameter {identity}, which the model file of the "
+                "same rank doesn't have at that place; the two are of different runs"
             )
         return ordered[number]
 

@@ -35,9 +35,7 @@ class LegacyReader:
     and take `config` from the folder. `mlp`: see `LegacyFolder`. Raises UserError.
     """
 
-    def __init__(
-        self, folder: str | Path, run: Config | None = None, mlp: Literal["old", "new"] | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path, run: Config | None = None, mlp: Literal["old", "new"] | None = None) -> None:
         url = str(Path(folder).expanduser()) if "://" not in str(folder) else str(folder)
         self.folder = LegacyFolder(Storage(url), "", mlp)
         self.path = self.folder.path
@@ -47,8 +45,8 @@ class LegacyReader:
             self._rearrange = section["qk_interleaved"] != run.model.qk_interleaved
             if self._rearrange:
                 logger.info(
-                    f"{self.path} has qk_interleaved={section['qk_interleaved']}: its query and key rows are put into the "
-                    f"order of this run (model.qk_interleaved={run.model.qk_interleaved})"
+                    f"{self.path} has qk_interleaved={section['qk_interleaved']}: its query and key rows are put into "
+                    f"the order of this run (model.qk_interleaved={run.model.qk_interleaved})"
                 )
             check_model({"model": {**section, "qk_interleaved": run.model.qk_interleaved}}, run, self.path)
             self.config = run

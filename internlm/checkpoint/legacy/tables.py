@@ -20,7 +20,9 @@ Family = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
 Cut = Literal["rows", "columns", "first", "whole"]
 # Which of w1, w2, w3 is what: InternLM to 0.2.1 and InternEvo to 0.2.3, or InternEvo from 0.3.0.
 MLP_NAMES = {"old": {"gate": "w1", "up": "w2", "down": "w3"}, "new": {"gate": "w1", "up": "w3", "down": "w2"}}
-_Q, _K, _V = (slice(None), slice(0, -2)), (slice(None), -2), (slice(None), -1)
+_Q: Index = (slice(None), slice(0, -2))
+_K: Index = (slice(None), -2)
+_V: Index = (slice(None), -1)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Row:
     key: str  # {i} is the layer, counted inside its stage and chunk
     pieces: tuple[Index, ...]
     cut: Cut
-    in_block: bool = True  # isp cuts what is in a block between weight ranks, and embedding and head between tensor ranks
+    in_block: bool = (
+        True  # isp cuts what is in a block between weight ranks, and embedding and head between tensor ranks
+    )
 
 
 def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool) -> dict[str, list[Row]]:
@@ -43,7 +47,7 @@ def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool) -> dict
     else:
         layer, attention, mlp_name = "layers.{i}", "attention", "feed_forward"
         embedding, head, norms, output = "tok_embeddings", "output", ("attention_norm", "ffn_norm"), "wo"
-        parts = {"wqkv": ALL} if family == "INTERNLM2_PUBLIC" else {"wq": _Q, "wk": _K, "wv": _V}
+        parts: dict[str, Index] = {"wqkv": ALL} if family == "INTERNLM2_PUBLIC" else {"wq": _Q, "wk": _K, "wv": _V}
         qkv = {
             kind: [Row(f"{layer}.attention.{name}.{kind}", (index,), "rows") for name, index in parts.items()]
             for kind in ("weight", "bias")
