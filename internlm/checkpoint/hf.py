@@ -28,7 +28,7 @@ from internlm.checkpoint.hf_names import (
 )
 from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
-from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice
+from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
 from internlm.config.schema import Config, ModelConfig
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -36,7 +36,6 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _INDEX = "model.safetensors.index.json"
 
@@ -160,20 +159,14 @@ def _write_weights(folder: Path, tensors: list[Entry], native: _Native, dtype: s
 
 def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, dtype: str) -> None:
     """A safetensors file, written tensor by tensor: its header needs shapes only."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    offset = 0
-    for entry in shard:
-        end = offset + math.prod(entry.shape) * DTYPES[dtype].itemsize
-        header[entry.name] = {"dtype": _FILE_DTYPES[dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with Storage(str(folder)).writer(name) as write:
-        write(len(text).to_bytes(8, "little"))
-        write(text)
-        for entry in shard:
-            value = _cast(entry.cut(native(entry.native)), DTYPES[dtype], entry.name).contiguous()
-            write(value.reshape(-1).view(torch.uint8).numpy().data)
+    by_name = {entry.name: entry for entry in shard}
+
+    def value_of(name: str) -> Tensor:
+        entry = by_name[name]
+        return _cast(entry.cut(native(entry.native)), DTYPES[dtype], name).contiguous()
+
+    kinds = {entry.name: (DTYPES[dtype], entry.shape) for entry in shard}
+    stream_tensors(Storage(str(folder)), name, kinds, value_of, {"format": "pt"})  # transformers insists on this
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -7,8 +7,9 @@ and a checkpoint may lie in an object store; the tests read the same files with 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -66,20 +67,36 @@ def write_bytes(storage: Storage, path: str, parts: Iterable[bytes | memoryview]
 
 def write_tensors(storage: Storage, path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> FileRecord:
     """Writes CPU tensors under their keys."""
+    kinds = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    return stream_tensors(storage, path, kinds, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    storage: Storage,
+    path: str,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    value_of: Callable[[str], Tensor],
+    metadata: dict[str, str],
+) -> FileRecord:
+    """Writes tensors of which dtype and shape are known before: each is asked for once, in order, and then dropped."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for key, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    for key, (dtype, shape) in kinds.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the first tensor starts aligned
-    parts = [len(text).to_bytes(8, "little"), text]
-    return write_bytes(storage, path, [*parts, *(_bytes_of(tensor) for tensor in tensors.values())])
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for key, (dtype, shape) in kinds.items():
+            value = value_of(key)
+            assert value.dtype == dtype and tuple(value.shape) == shape, (key, value.dtype, value.shape)
+            yield _bytes_of(value)
+
+    return write_bytes(storage, path, parts())
 
 
 def read_header(storage: Storage, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:

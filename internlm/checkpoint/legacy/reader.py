@@ -51,7 +51,7 @@ class LegacyReader:
             check_model({"model": {**section, "qk_interleaved": run.model.qk_interleaved}}, run, self.path)
             self.config = run
         else:
-            self.config = _config(section, self._has_fp32_norms(), self.path)
+            self.config = _config(self.folder.facts.family, section, self._has_fp32_norms(), self.path)
         self._interleaved = bool(section["qk_interleaved"])
         self._shapes = native_shapes(self.config.model)
         self._optimizer: LegacyOptimizer | None = None
@@ -155,7 +155,7 @@ def _modernised(path: str, raw: dict[str, Any], family: str) -> dict[str, Any]:
     return {"qk_interleaved": False, **PRESETS[family], **OLD_FAMILIES.get(family, {}), **known}
 
 
-def _config(section: dict[str, Any], fp32_norms: bool, path: str) -> Config:
+def _config(family: str, section: dict[str, Any], fp32_norms: bool, path: str) -> Config:
     """A config around the model, for those who only need the model."""
     try:
         model = ModelConfig.model_validate(section)
@@ -163,6 +163,7 @@ def _config(section: dict[str, Any], fp32_norms: bool, path: str) -> Config:
         raise UserError(f"{path}/model_config.pt does not describe a model: {error}") from error
     return Config.model_validate(
         {
+            "model_type": family,
             "use_fp32_norm": fp32_norms,
             "model": model,
             "data": {"seq_len": model.max_position_embeddings, "total_steps": 1},

@@ -1,0 +1,111 @@
+"""A model in the folder layout of 2023, for programs that read nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.hf_names import native_shapes
+from internlm.checkpoint.legacy.tables import Family, generic, rows, shard
+from internlm.config.schema import ModelConfig
+from internlm.utils.device import torch_dtype
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+def write_legacy(
+    named: Callable[[str], Tensor],
+    model: ModelConfig,
+    folder: str | Path,
+    family: Family | None = None,
+    mlp: Literal["old", "new"] = "new",
+    tensor_size: int = 1,
+    split_hidden: bool = True,
+) -> None:
+    """Writes model_tp{t}_pp0.pt for each of `tensor_size` ranks, and model_config.pt.
+
+    `family` None: INTERNLM for a model with biases and one key/value head per query head, else INTERNLM2_PUBLIC. `mlp`:
+    "old" for InternLM 0.1 to 0.2.1 (keys start with `model.`, w3 is the output), "new" for InternEvo from 0.3.3 on (no
+    prefix, w2). Each rank's tensors are in memory at once, as torch.save needs it. Raises UserError before writing.
+    """
+    has_biases = model.qkv_bias and model.out_bias
+    chosen: Family = family or ("INTERNLM" if has_biases and model.q_per_kv == 1 else "INTERNLM2_PUBLIC")
+    _check(model, chosen, mlp, tensor_size)
+    folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"target folder {folder} is not empty; give another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = rows(chosen, mlp, split_hidden)
+    prefix, dtype = ("model." if mlp == "old" else ""), torch_dtype(model.dtype)
+    for rank in range(tensor_size):
+        state: dict[str, Tensor] = {}
+        for name in native_shapes(model):
+            value = named(name).detach().cpu()
+            for row in table[generic(name)[0]]:
+                part = shard(row, value, rank, tensor_size)
+                if part is not None:
+                    state[prefix + row.key.replace("{i}", str(generic(name)[1]))] = part.to(dtype).contiguous()
+        torch.save(state, folder / f"model_tp{rank}_pp0.pt")
+        torch.save({}, folder / f"topo_tp{rank}_pp0.json")
+    torch.save(_model_config(model, chosen, split_hidden), folder / "model_config.pt")
+    logger.info(f"wrote {folder} in the layout of 2023: {chosen}, tensor size {tensor_size}, {mlp} names")
+
+
+def _check(model: ModelConfig, family: Family, mlp: str, tensor_size: int) -> None:
+    problems = {
+        "model.tie_word_embeddings=True": model.tie_word_embeddings,
+        "model.qk_norm=True": model.qk_norm,
+        f"model.num_experts={model.num_experts}": model.num_experts > 1,
+        f"model.head_dim={model.head_dim}": model.head_size * model.num_attention_heads != model.hidden_size,
+        f"model.qkv_bias={model.qkv_bias}, model.out_bias={model.out_bias}": model.qkv_bias != model.out_bias,
+        f"model.num_kv_attention_heads={model.num_kv_heads}": family == "INTERNLM" and model.q_per_kv != 1,
+        "no biases": family == "INTERNLM" and not model.qkv_bias,
+        "model.qk_interleaved=True": family == "INTERNLM" and model.qk_interleaved,
+        "--version 1, which it never had": family == "INTERNLM2_PUBLIC" and mlp == "old",
+    }
+    if found := [text for text, wrong in problems.items() if wrong]:
+        raise UserError(f"the 2023 layout of {family} has no place for {', '.join(found)}")
+    sizes = {
+        "key/value heads": model.num_kv_heads,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "feed-forward width": model.ffn_size,
+    }
+    if uneven := [f"{key} {size}" for key, size in sizes.items() if size % tensor_size]:
+        raise UserError(f"--tp_size {tensor_size} does not divide {', '.join(uneven)}")
+
+
+def _model_config(model: ModelConfig, family: Family, split_hidden: bool) -> dict[str, Any]:
+    """The model section as the builders of 2023 took it."""
+    config: dict[str, Any] = {
+        "checkpoint": 0.0,
+        "num_chunks": 1,
+        "num_attention_heads": model.num_attention_heads,
+        "embed_split_hidden": split_hidden,
+        "vocab_size": model.vocab_size,
+        "embed_grad_scale": 1,
+        "parallel_output": True,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "mlp_ratio": model.ffn_size / model.hidden_size,
+        "apply_post_layer_norm": False,
+        "dtype": torch_dtype(model.dtype),
+        "norm_type": "rmsnorm",
+        "layer_norm_epsilon": model.layer_norm_epsilon,
+        "use_flash_attn": True,
+    }
+    if family != "INTERNLM":
+        config |= {
+            "num_kv_attention_heads": model.num_kv_heads,
+            "no_bias": not model.qkv_bias,
+            "adapt_hf": not model.qk_interleaved,
+            "rope_base": model.rope_base,
+            "norm_head": model.norm_head,
+        }
+        if family == "LLAMA2":
+            del config["norm_head"]
+    return config

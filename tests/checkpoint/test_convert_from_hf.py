@@ -1,0 +1,109 @@
+"""Hugging Face folders become checkpoints of ours, or of 2023 as the generator of those writes them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from internlm.apis.generate import load_model
+from internlm.checkpoint.native import NativeReader
+from tests.checkpoint import folders_2023 as old
+from tests.checkpoint.test_legacy import llama
+from tests.model.tiny import random_batch
+from tools.convert_from_hf import main
+
+SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True))
+    for parameter in theirs.parameters():
+        parameter.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path / "hf")
+    assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "ckpt")]) == 0
+    assert f"ckpt.load_ckpt_info.path={tmp_path / 'ckpt' / '0'}" in capsys.readouterr().out
+    model, config = load_model(tmp_path / "ckpt", "cpu")  # verifies the manifest
+    assert NativeReader(tmp_path / "ckpt").config.model_type == "QWEN3" and config.dtype == "torch.float32"
+    batch = random_batch((23,), 67)
+    torch.testing.assert_close(model(batch), theirs(batch.tokens[None]).logits[0], atol=1e-5, rtol=1e-5)
+    assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "ckpt")]) == 2
+    assert "holds checkpoints already" in capsys.readouterr().err
+    assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert NativeReader(tmp_path / "half").read("layers.1.attention.wo.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("generation", "options"),
+    [
+        (old.V021.at(tp=2), ["--version", "1", "--embed_split", "--tp_size", "2"]),
+        (old.EVO033.at(tp=4, split_hidden=False), ["--tp_size", "4", "--use_flash"]),
+        (old.EVO_INTERNLM2, ["--format", "2023", "--embed_split"]),
+        (old.EVO_INTERNLM2.at(tp=2, bias=True), ["--family", "INTERNLM2_PUBLIC", "--embed_split", "--tp_size", "2"]),
+        (old.EVO_LLAMA2.at(tp=2), ["--family", "LLAMA2", "--embed_split", "--tp_size", "2", "--safetensors"]),
+    ],
+)
+def test_the_layout_of_2023(generation: old.Generation, options: list[str], tmp_path: Path) -> None:
+    weights = old.random_weights(generation)
+    llama(generation, weights).save_pretrained(tmp_path / "hf")
+    old.write(tmp_path / "expected", generation, weights)
+    arguments = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main([*arguments, *options]) == 0
+    for rank in range(generation.tp):
+        name = f"model_tp{rank}_pp0.pt"
+        expected, found = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("expected", "out"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    config = torch.load(tmp_path / "out" / "model_config.pt", weights_only=True)
+    assert config["num_attention_heads"] == old.HEADS and config["mlp_ratio"] * old.HIDDEN == old.FFN
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp_size", "3"], "--tp_size 3 does not divide key/value heads 2"),
+        (["--tp_size", "0"], "--tp_size 0 must be positive"),
+        (["--format", "native", "--tp_size", "2"], "belongs to --format 2023"),
+        (["--tp_size", "1", "--family", "INTERNLM"], "no place for num_kv_attention_heads=2|no place for"),
+        (["--dtype", "int8"], "--dtype int8 is not known"),
+        (["--src", "nowhere"], "is no checkpoint and holds none"),
+    ],
+)
+def test_mistakes(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert any(part in error for part in message.split("|"))
+    assert not (tmp_path / "out").exists()
+
+
+MEASURE = """
+import resource, sys
+from internlm.checkpoint.hf import HFReader
+from tools.convert2hf import main as out
+from tools.convert_from_hf import main as into
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert into(["--src", sys.argv[1], "--tgt", sys.argv[2]]) == 0
+assert out(["--src", sys.argv[2], "--tgt", sys.argv[3], "--dtype", "bfloat16", "--max_shard", "20MB"]) == 0
+print("grown", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, repo_root: Path) -> None:
+    """200 MB of weights pass both converters within 60 MB; the largest tensor has 8 MB in bf16."""
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}
+    config = LlamaConfig(**sizes, num_attention_heads=8, max_position_embeddings=128, dtype=torch.bfloat16)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) > 95e6
+    model.save_pretrained(tmp_path / "hf", max_shard_size="40MB")
+    del model
+    folders = [str(tmp_path / name) for name in ("hf", "ckpt", "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=False, cwd=repo_root
+    )
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout.split("grown ")[1])
+    assert grown < 60, f"{grown} MB"

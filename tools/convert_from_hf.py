@@ -1,0 +1,87 @@
+"""Convert a Hugging Face folder into a checkpoint of this framework, to train on or to generate from.
+
+    python tools/convert_from_hf.py --src hf --tgt checkpoints
+
+It streams: one tensor is in memory at a time. --format 2023 (or --tp_size, as the revert_internlm*.py of InternEvo had
+it) writes the folder layout of 2023 instead. The source may also be a checkpoint of this framework or of 2023.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from internlm.checkpoint.hf import DTYPES, HFReader
+from internlm.checkpoint.legacy.writer import write_legacy
+from internlm.checkpoint.native import is_hf_folder, open_checkpoint
+from internlm.checkpoint.native_writer import write_native
+from internlm.config.presets import PRESETS
+from internlm.config.schema import Config, ModelConfig
+from internlm.utils.errors import UserError
+from internlm.utils.logger import setup_logging
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src", "--src_folder", required=True, help="Hugging Face folder with safetensors")
+    parser.add_argument("--tgt", "--tgt_folder", required=True, help="folder of checkpoints to write step 0 into")
+    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} or auto (default): as in the source")
+    parser.add_argument("--format", choices=["native", "2023"], help="default: native; 2023 when --tp_size is given")
+    old = parser.add_argument_group("the layout of 2023")
+    old.add_argument("--tp_size", type=int, help="tensor ranks, default 1")
+    old.add_argument("--version", type=int, choices=[1, 2], default=2, help="1: w3 is the output, 2: w2 (default)")
+    old.add_argument("--family", choices=["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"], help="default: what fits")
+    old.add_argument("--embed_split", action="store_true", help="cut the embedding along its columns, not its rows")
+    for flag in ("--use_flash", "--safetensors", "--adapt_hf"):
+        old.add_argument(flag, action="store_true", help="accepted as in 2023; found out by itself")
+    return parser.parse_args(arguments)
+
+
+def open_source(folder: str) -> tuple[dict[str, Any], str, Callable[[str], Tensor]]:
+    """The model section, the preset's name, and what reads a parameter. Raises UserError."""
+    if is_hf_folder(folder):
+        reader = HFReader(folder)
+        return reader.config_model(), reader.model_type, reader.read
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.config.model.model_dump(), checkpoint.config.model_type, checkpoint.read
+
+
+def convert(arguments: argparse.Namespace) -> str:
+    """Returns the folder that was written. Raises UserError for what the user can mend."""
+    dtype = arguments.dtype.removeprefix("torch.")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
+    if arguments.tp_size is not None and arguments.tp_size < 1:
+        raise UserError(f"--tp_size {arguments.tp_size} must be positive")
+    if arguments.format == "native" and arguments.tp_size is not None:
+        raise UserError("--tp_size belongs to --format 2023; a checkpoint of ours loads on any number of ranks")
+    section, model_type, read = open_source(arguments.src)
+    if dtype != "auto":
+        section["dtype"] = f"torch.{dtype}"
+    model = ModelConfig(**{**PRESETS[model_type], **section})
+    if arguments.format == "2023" or arguments.tp_size is not None:
+        mlp = "old" if arguments.version == 1 else "new"
+        write_legacy(read, model, arguments.tgt, arguments.family, mlp, arguments.tp_size or 1, arguments.embed_split)
+        return arguments.tgt
+    data = {"seq_len": model.max_position_embeddings, "total_steps": 1}
+    return write_native(
+        read, Config.model_validate({"model_type": model_type, "model": model, "data": data}), arguments.tgt
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when the checkpoint is complete, 2 for a mistake that the user can mend."""
+    setup_logging(rank=0, world_size=1)
+    try:
+        path = convert(parse_arguments(arguments))
+    except UserError as error:
+        print(f"convert_from_hf: {error}", file=sys.stderr)
+        return 2
+    print(f"train on it with ckpt.load_ckpt_info.path={path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
