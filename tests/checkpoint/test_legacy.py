@@ -115,7 +115,7 @@ def test_square_feed_forwards_are_ambiguous(tmp_path: Path) -> None:
     for name, generation in {"old": old.V02, "new": old.EVO033}.items():
         weights = old.random_weights(generation, ffn=old.HIDDEN)
         old.write(tmp_path / name, generation, weights)
-        with pytest.raises(UserError, match="don't tell which of them is the output"):
+        with pytest.raises(UserError, match="don't tell which is the output"):
             LegacyReader(tmp_path / name)
         read = LegacyReader(tmp_path / name, mlp=name).read("layers.1.feed_forward.w2.weight")  # type: ignore[arg-type]
         assert torch.equal(read, weights["model.layers.1.mlp.down_proj.weight"].bfloat16())
