@@ -69,7 +69,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert packaged == sources
     version = re.search(r'__version__ = "(.+)"', (ROOT / "internlm" / "__init__.py").read_text(encoding="utf-8"))
     assert version and f"\nVersion: {version[1]}\n" in metadata
-    assert re.search(r"^Requires-Dist: torch<2\.14,>=2\.10$", metadata, re.MULTILINE)
+    assert re.search(r"^Requires-Dist: torch<2\.14,>=2\.11$", metadata, re.MULTILINE)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
