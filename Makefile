@@ -11,8 +11,10 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := $(wildcard requirements/*.txt)
+DEMO_REQUIREMENTS := $(foreach name,runtime export tensorboard plot,requirements/$(name).txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,7 +23,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(STAMP) ## train, evaluate, kill, resume and export a small model on this machine
+demo: $(DEMO_STAMP) ## train, evaluate, kill, resume and export a small model on this machine
 	$(BIN)/python tools/demo.py
 
 test: lint ## style, types and the whole test suite
@@ -50,9 +52,13 @@ $(BIN)/pip:
 	  rm -rf $(VENV); echo "python cannot make a .venv here (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # torch first and pinned: a range would take the newest release, tested or not.
-$(STAMP): $(REQUIREMENTS) setup.py pyproject.toml | $(BIN)/pip
+$(DEMO_STAMP): $(DEMO_REQUIREMENTS) requirements/constraints.txt setup.py pyproject.toml | $(BIN)/pip
 	@echo "installing requirements into $(VENV) (only when they changed; torch is some 200 MB on a CPU)"
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -c requirements/constraints.txt $(foreach file,$(filter-out %constraints.txt,$(REQUIREMENTS)),-r $(file))
+	$(PIP) install -c requirements/constraints.txt "setuptools>=77" $(DEMO_REQUIREMENTS:%=-r %)
 	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMP): $(REQUIREMENTS) $(DEMO_STAMP)
+	$(PIP) install -c requirements/constraints.txt $(patsubst %,-r %,$(filter-out %constraints.txt,$(REQUIREMENTS)))
 	@touch $@
