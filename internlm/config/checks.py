@@ -90,9 +90,11 @@ def batches(config: Config) -> Problems:
         yield from _rampup(data.rampup_batch_size, data.micro_num)
     if data.skip_batches:
         yield from _skip(data.skip_batches)
-    if data.type == "text" and data.tokenizer_path is None:
-        yield 'data.type = "text" needs data.tokenizer_path, a sentencepiece model'
-    if data.type in ("text", "megatron") and data.train_folder is None:
+    if data.type in ("text", "chat") and data.tokenizer_path is None:
+        yield f'data.type = "{data.type}" needs data.tokenizer_path, a sentencepiece model'
+    if data.pack_sample_into_one and data.packing not in (None, "cut"):
+        yield f'data.pack_sample_into_one = True joins samples, data.packing = "{data.packing}" parts them; keep one'
+    if data.type in ("text", "chat", "megatron") and data.train_folder is None:
         yield f'data.type = "{data.type}" needs data.train_folder'
 
 
@@ -169,11 +171,17 @@ def files(config: Config) -> Problems:
                 if Path(path).is_dir() and not any(Path(path).iterdir()):
                     yield f"data.{key} = {path!r}: the folder is empty"
         yield from _mixture(config)
-    if data.tokenizer_path is not None and is_local(data.tokenizer_path) and not Path(data.tokenizer_path).is_file():
+    tokenizer = data.tokenizer_path
+    folder_allowed = data.type == "chat"
+    if tokenizer is not None and is_local(tokenizer) and not _is_there(Path(tokenizer), folder_allowed):
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file"
     for key, folder in (("run_dir", config.run_dir), ("ckpt.save_ckpt_folder", config.ckpt.save_ckpt_folder)):
         if folder is not None and is_local(folder) and Path(folder).is_file():
             yield f"{key} = {folder!r} is a file; a folder is written there"
+
+
+def _is_there(path: Path, folder_allowed: bool) -> bool:
+    return path.is_file() or (folder_allowed and path.is_dir())
 
 
 def _folder(key: str, text: str) -> Problems:

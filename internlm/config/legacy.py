@@ -282,7 +282,11 @@ TABLE: tuple[OldSpelling, ...] = (
         "data.empty_cache_and_diag_interval", "the allocator needs no emptying; slow ranks are not searched for yet"
     ),
     dropped("data.diag_outlier_ratio", "slow ranks are not searched for yet"),
-    dropped("data.use_packed_dataset", "rows are always packed", bool, "rows are always packed; remove the key"),
+    OldSpelling(
+        "data.use_packed_dataset",
+        '`data.packing` = "unpacked" for False, dropped for True',
+        lambda value, section: {} if value else {"data.packing": "unpacked"},
+    ),
     dropped("data.fixed_random_dataset_seqlen", "off by default", _falsy, 'set data.type="synthetic" for full rows'),
     dropped("data.is_multimodal", "off by default", _falsy, f"image input {NOT_YET}; set False"),
     dropped("data.image_size", "no effect on text"),

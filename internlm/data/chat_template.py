@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from internlm.data.message import Message
+from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -140,10 +140,10 @@ _S = {"bos_token": "<s>", "eos_token": "</s>"}
 BUILT_IN: dict[str, ChatTemplate] = {
     template.name: template
     for template in (
+        _built_in("chatml", "<|im_end|>"),
         _built_in("internlm", "<eoa>", "</s>", **_S),
         _built_in("internlm1.1", "<eoa>", "</s>", **_S),
         _built_in("internlm2", "<|im_end|>", "</s>", **_S),
-        _built_in("chatml", "<|im_end|>"),
         _built_in("llama3", "<|eot_id|>", "<|end_of_text|>", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
         _built_in("qwen2", "<|im_end|>", "<|endoftext|>", eos_token="<|im_end|>"),
     )
@@ -196,6 +196,37 @@ def find_template(name: str) -> ChatTemplate:
     if not path.is_file():
         raise UserError(f"chat template {name!r}: neither built in ({', '.join(BUILT_IN)}) nor a file or folder.")
     return ChatTemplate(name, path.read_text(encoding="utf-8"))
+
+
+def with_marks(template: ChatTemplate) -> ChatTemplate:
+    """The template itself, or, where it lacks generation marks, the built-in one that writes the same texts."""
+    if template.marks_answers:
+        return template
+    probes: list[list[Message]] = [
+        [
+            Message("user", "one"),
+            Message("assistant", " two\n"),
+            Message("user", "three"),
+            Message("assistant", "four"),
+        ],
+        [Message("system", "zero"), Message("user", "one"), Message("assistant", "two")],
+    ]
+    if "tool_calls" in template.source:
+        call = ToolCall("f", {"x": "é"})
+        probes.append([Message("user", "one"), Message("assistant", tool_calls=(call,)), Message("tool", "two")])
+    for known in BUILT_IN.values():
+        marked = replace(template, source=known.source)
+        if all(_text_or_none(template, probe) == _text_or_none(marked, probe) for probe in probes):
+            logger.info(f"chat template {template.name} has no generation marks; {known.name} writes the same and has")
+            return marked
+    return template
+
+
+def _text_or_none(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+    try:
+        return template.render(messages)
+    except UserError:
+        return None
 
 
 def _own_source(folder: Path, settings: Mapping[str, Any]) -> str | None:

@@ -42,6 +42,11 @@ class SampleFile(ABC):
     def tokens(self, index: int) -> Int64s:
         """The ids of sample `index`, [lengths[index]], signs kept. Raises UserError on a damaged file."""
 
+    def sample(self, index: int) -> tuple[Int64s, NDArray[np.bool_]]:
+        """Ids to feed, and which of them are trained on, [lengths[index]] each."""
+        ids = self.tokens(index)
+        return np.abs(ids), (ids > 0 if self.masks_zero else ids >= 0)
+
     def place(self, index: int) -> str:
         """Where sample `index` stands in the file, as a user would look it up."""
         return f"sample {index}"

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from internlm.config.schema import Config
+from internlm.data.fitting import FittedFile, UnpackedFile
 from internlm.data.formats import SampleFile
 from internlm.data.mixture import MixtureOrder
-from internlm.data.packing import PackedFile, PackOptions, Row, WholeSamples
+from internlm.data.packing import PackedFile, Packing, PackOptions, Row, WholeSamples
 from internlm.data.sampler import BatchSizes, EpochOrder, Order, SkippedBatches
 from internlm.data.sources import Sources, open_train, open_valid
 from internlm.model.batch import Batch, Segments
@@ -81,8 +82,11 @@ class TrainRows:
 
     def __init__(self, sources: Sources, options: PackOptions) -> None:
         self.type_names = sources.type_names
+        kinds: dict[Packing, type[PackedFile] | type[FittedFile] | type[UnpackedFile]]
+        kinds = {"cut": PackedFile, "fit": FittedFile, "unpacked": UnpackedFile}
+        pack = kinds[options.packing]
         self.files = [
-            PackedFile(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
+            pack(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
         ]
         self.ends = list(accumulate(len(file) for file in self.files))
         num_samples = sum(len(file) for file in sources.files)
@@ -193,7 +197,7 @@ class TrainLoader:
         self.total_steps = data.total_steps
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
         self.skipped = SkippedBatches.parse(data.skip_batches)
-        rows = TrainRows(open_train(data, config.model.vocab_size), _options(config))
+        rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
         self.type_names = rows.type_names
         self.order: Order = (
             MixtureOrder(rows.by_source(), data.mixture, self.sizes, data.seed)
@@ -246,9 +250,12 @@ class ValidLoader:
             yield from rows.batches()
 
 
-def _options(config: Config) -> PackOptions:
+def pack_options(config: Config) -> PackOptions:
+    """How the rows of a run are made."""
     data = config.data
-    return PackOptions(data.seq_len, data.seq_len * data.micro_bsz, config.model.vocab_size, data.pack_sample_into_one)
+    packing = data.packing or ("fit" if data.type == "chat" else "cut")
+    row_length = data.seq_len * data.micro_bsz
+    return PackOptions(data.seq_len, row_length, config.model.vocab_size, data.pack_sample_into_one, packing)
 
 
 def build_train_loader(config: Config, dp_rank: int, dp_size: int, start_batch: int = 0) -> TrainLoader:
@@ -263,4 +270,4 @@ def build_train_loader(config: Config, dp_rank: int, dp_size: int, start_batch: 
 def build_valid_loaders(config: Config, dp_rank: int, dp_size: int) -> dict[str, ValidLoader]:
     """The validation sets by name, empty without `data.valid_folder`. One batch is micro_bsz * seq_len tokens."""
     sets = open_valid(config.data, config.model.vocab_size)
-    return {name: ValidLoader(name, files, _options(config), dp_rank, dp_size) for name, files in sets.items()}
+    return {name: ValidLoader(name, files, pack_options(config), dp_rank, dp_size) for name, files in sets.items()}

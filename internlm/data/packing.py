@@ -5,7 +5,9 @@ Training: the samples of one file, in an order shuffled once with a fixed seed, 
 The rules of labels and segments are those of the 2023 framework.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from internlm.data.formats import Int64s, SampleFile, check_vocabulary
 from internlm.model.batch import IGNORE_INDEX
 
 SHUFFLE_SEED = 1024  # of the samples inside a file; fixed in 2023, so that one folder always makes the same rows
+
+Packing = Literal["cut", "fit", "unpacked"]  # what happens to a sample at the end of a row: see data.packing
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class PackOptions:
     row_length: int  # seq_len * micro_bsz
     vocab_size: int
     pack_sample_into_one: bool = False
+    packing: Packing = "cut"
 
 
 class PackedFile:
@@ -64,16 +69,17 @@ class PackedFile:
             windows = length // self.options.seq_len
             data[2] = np.tile(np.arange(self.options.seq_len), windows)
             segments = [self.options.seq_len] * windows
-        return _finish(data, segments, self.type_id, self.file.masks_zero)
+        data[3] = self.type_id
+        return _row(data, segments)
 
     def _put(self, space: Int64s, sample: int, first: int, segments: list[int]) -> int:
         """Lay sample[first:] into `space` [4, room] as far as it fits; appends its segments, returns its tokens."""
-        ids = self.file.tokens(sample)
+        ids, trained = self.file.sample(sample)
         check_vocabulary(ids, self.options.vocab_size, self.file, sample)
         piece = ids[first : first + space.shape[1]]
         count = len(piece)
         space[0, :count] = piece
-        targets = ids[first + 1 : first + 1 + count]
+        targets = np.where(trained, ids, IGNORE_INDEX)[first + 1 : first + 1 + count]
         if self.options.pack_sample_into_one:
             targets = targets[: count - 1]  # a window does not train on what the next row begins with
         space[1, : len(targets)] = targets
@@ -118,29 +124,39 @@ class WholeSamples:
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`; from `len(self)` on, rows on which nothing is counted."""
-        data = np.zeros((4, self.options.row_length), np.int64)
-        data[1] = IGNORE_INDEX
-        segments: list[int] = []
-        for sample in range(*self.bounds[index : index + 2]) if index < len(self) else ():
-            filled = sum(segments)
-            which = int(np.searchsorted(self.firsts, sample, side="right")) - 1
-            file, place = self.files[which], sample - int(self.firsts[which])
-            ids = file.tokens(place)[: self.options.seq_len]
-            check_vocabulary(ids, self.options.vocab_size, file, place)
-            data[0, filled : filled + len(ids)] = ids
-            data[1, filled : filled + len(ids) - 1] = ids[1:]
-            segments.extend([len(ids)] if len(ids) else [])
-        space = self.options.row_length - sum(segments)
-        full, rest = divmod(space, self.options.seq_len)
-        segments.extend([self.options.seq_len] * full + ([rest] if rest else []))
-        data[2] = np.concatenate([np.arange(length) for length in segments])
-        return _finish(data, segments, 0, all(file.masks_zero for file in self.files))
+        samples = range(*self.bounds[index : index + 2]) if index < len(self) else range(0)
+        return whole_row((self._locate(sample) for sample in samples), 0, self.options)
+
+    def _locate(self, sample: int) -> tuple[SampleFile, int]:
+        """The file of a sample, and its number there."""
+        which = int(np.searchsorted(self.firsts, sample, side="right")) - 1
+        return self.files[which], sample - int(self.firsts[which])
 
 
-def _finish(data: Int64s, segments: list[int], type_id: int, masks_zero: bool) -> Row:
-    """Apply the sign rule to tokens and labels, in place."""
-    np.abs(data[0], out=data[0])
-    trained = data[1] > 0 if masks_zero else data[1] >= 0
-    data[1][~trained] = IGNORE_INDEX
+def whole_row(samples: Iterable[tuple[SampleFile, int]], type_id: int, options: PackOptions) -> Row:
+    """A row of samples that are known to fit, each cut to `seq_len` and a segment of its own.
+
+    What is left is filled with segments on which nothing is trained.
+    """
+    data = np.zeros((4, options.row_length), np.int64)
+    data[1] = IGNORE_INDEX
+    segments: list[int] = []
+    filled = 0
+    for file, index in samples:
+        ids, trained = file.sample(index)
+        ids, trained = ids[: options.seq_len], trained[: options.seq_len]
+        check_vocabulary(ids, options.vocab_size, file, index)
+        end = filled + len(ids)
+        data[0, filled:end] = ids
+        data[1, filled : end - 1] = np.where(trained, ids, IGNORE_INDEX)[1:]
+        segments.extend([len(ids)] if len(ids) else [])
+        filled = end
+    full, rest = divmod(options.row_length - filled, options.seq_len)
+    segments.extend([options.seq_len] * full + ([rest] if rest else []))
+    data[2] = np.concatenate([np.arange(length) for length in segments])
     data[3] = type_id
-    return Row(data, tuple(segments), int(trained.sum()))
+    return _row(data, segments)
+
+
+def _row(data: Int64s, segments: list[int]) -> Row:
+    return Row(data, tuple(segments), int((data[1] != IGNORE_INDEX).sum()))

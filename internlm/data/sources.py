@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.config.schema import DataConfig
+from internlm.data.chat import CHAT_SUFFIXES, open_chat, recipe_of
 from internlm.data.formats import MegatronFile, SampleFile, TokenizedFile, min_length_of
 from internlm.data.synthetic import DummyFile, SyntheticFile
 from internlm.data.text import TEXT_SUFFIXES, open_text
@@ -42,12 +43,15 @@ def walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if name.endswith(suffixes))
 
 
-def _opener(data: DataConfig) -> tuple[tuple[str, ...], Callable[[Path, int], SampleFile]]:
+def _opener(data: DataConfig, vocab_size: int) -> tuple[tuple[str, ...], Callable[[Path, int], SampleFile]]:
     """What files of `data.type` end in, and how one is opened with a minimum length."""
     if data.type == "tokenized":
         return (".bin",), TokenizedFile
     if data.type == "megatron":
         return (".idx",), MegatronFile
+    if data.type == "chat":
+        recipe = recipe_of(data, vocab_size)
+        return CHAT_SUFFIXES, lambda path, min_length: open_chat(recipe, path, min_length)
     if not data.tokenizer_path:
         raise UserError('data.type = "text" needs data.tokenizer_path, a sentencepiece model file.')
     tokenizer = Path(data.tokenizer_path)
@@ -64,7 +68,7 @@ def open_train(data: DataConfig, vocab_size: int) -> Sources:
     if data.train_folder is None:
         return Sources([DummyFile(data.seq_len)], [0], ["en", "cn", "code"])
     folder = Path(data.train_folder)
-    suffixes, open_file = _opener(data)
+    suffixes, open_file = _opener(data, vocab_size)
     paths = list(walk(folder, suffixes))
     if not paths:
         raise UserError(f"data.train_folder = {folder}: no {' or '.join(suffixes)} file below it (type={data.type}).")
@@ -93,7 +97,7 @@ def open_valid(data: DataConfig, vocab_size: int) -> dict[str, list[SampleFile]]
     if data.type == "synthetic":
         return {"synthetic": [SyntheticFile(data.seq_len, vocab_size, data.seed + 1, num_samples=64)]}
     folder = Path(data.valid_folder)
-    suffixes, open_file = _opener(data)
+    suffixes, open_file = _opener(data, vocab_size)
     minimum = VALID_MIN_LENGTH if data.type == "tokenized" else 0
     by_folder: dict[Path, list[SampleFile]] = {}
     for path in walk(folder, suffixes):

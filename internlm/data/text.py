@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,25 +38,34 @@ def open_text(path: Path, tokenizer: Path, text_key: str, min_length: int = 0) -
 
     Raises UserError naming file and line where the text is broken.
     """
-    entry = _entry(path, tokenizer, text_key)
-    if not entry.with_suffix(".idx").exists():
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_suffix(".lock"), path):
-            if not entry.with_suffix(".idx").exists():  # else another process built it while this one waited
-                _build(path, Recipe(str(tokenizer), text_key=text_key), entry)
+    if not tokenizer.is_file():
+        raise UserError(f"data.tokenizer_path = {tokenizer}: no such file.")
+    recipe = Recipe(str(tokenizer), text_key=text_key)
+    entry = cached(path, (content_hash(tokenizer), text_key), lambda workers: encode_file(path, recipe, workers))
     file = MegatronFile(entry, min_length, masks_zero=True)
     file.name = str(path)
     return file
 
 
-def _entry(path: Path, tokenizer: Path, text_key: str) -> Path:
-    if not tokenizer.is_file():
-        raise UserError(f"data.tokenizer_path = {tokenizer}: no such file.")
+def content_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def cached(path: Path, parts: Sequence[str], encode: Callable[[int], Iterator[Encoded]]) -> Path:
+    """The cache entry of what `encode(num_workers)` yields for the file at `path`; built if it is not there.
+
+    `parts`: whatever else the ids depend on.
+    """
     facts = path.stat()
-    model = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    parts = (VERSION, str(path.resolve()), str(facts.st_size), str(facts.st_mtime_ns), model, text_key)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    return cache_folder() / f"{path.stem[:40].replace('.', '_')}-{key}"
+    names = (VERSION, str(path.resolve()), str(facts.st_size), str(facts.st_mtime_ns), *parts)
+    key = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
+    entry = cache_folder() / f"{path.stem[:40].replace('.', '_')}-{key}"
+    if not entry.with_suffix(".idx").exists():
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(entry.with_suffix(".lock"), path):
+            if not entry.with_suffix(".idx").exists():  # else another process built it while this one waited
+                _build(path, encode, entry)
+    return entry
 
 
 @contextmanager
@@ -72,13 +81,13 @@ def _locked(lock: Path, path: Path) -> Iterator[None]:
         yield
 
 
-def _build(path: Path, recipe: Recipe, entry: Path) -> None:
+def _build(path: Path, encode: Callable[[int], Iterator[Encoded]], entry: Path) -> None:
     size, start = path.stat().st_size, time.monotonic()
     num_workers = min(len(os.sched_getaffinity(0)), 1 + size // BYTES_PER_WORKER)
     logger.info("tokenising %s (%.1f MB) with %d processes into %s", path, size / 1e6, num_workers, entry.parent)
     mine = entry.with_name(f"{entry.name}.{os.uname().nodename}.{os.getpid()}")
     try:
-        lengths = _write_ids(Path(f"{mine}.bin"), encode_file(path, recipe, num_workers))
+        lengths = _write_ids(Path(f"{mine}.bin"), encode(num_workers))
         _write_index(Path(f"{mine}.idx"), lengths)
         os.replace(f"{mine}.bin", entry.with_suffix(".bin"))
         os.replace(f"{mine}.idx", entry.with_suffix(".idx"))  # last: its presence means that the entry is whole

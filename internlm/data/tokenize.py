@@ -8,10 +8,11 @@ import json
 import multiprocessing
 import re
 import sys
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class Piece:
     start: int = 0
     size: int = 0
     texts: tuple[str, ...] = ()
+    first: int = 0  # number in the file of the first of `texts`, from 0
 
     @property
     def end(self) -> int:
@@ -74,7 +76,7 @@ def texts_of(piece: Piece, text_key: str | None) -> list[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        number = _line_number(piece, data[: error.start].count(b"\n"))
+        number = line_number(piece, data[: error.start].count(b"\n"))
         raise UserError(f"{piece.path}, line {number}: not UTF-8 ({error.reason}).") from error
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -88,12 +90,12 @@ def texts_of(piece: Piece, text_key: str | None) -> list[str]:
         if line.strip():
             value, problem = _value(line, text_key)
             if problem:
-                raise UserError(f"{piece.path}, line {_line_number(piece, number)}: {problem}")
+                raise UserError(f"{piece.path}, line {line_number(piece, number)}: {problem}")
             texts.append(value)
     return texts
 
 
-def _line_number(piece: Piece, index: int) -> int:
+def line_number(piece: Piece, index: int) -> int:
     """The number in the file, from 1, of line `index` of the piece; read again, as it is needed for errors only."""
     before, left = 0, piece.start
     with open(piece.path, "rb") as file:
@@ -117,7 +119,7 @@ def _value(line: str, text_key: str) -> tuple[str, str]:
 
 def _json_pieces(path: Path, text_key: str | None) -> Iterator[Piece]:
     texts: list[str] = []
-    weight = done = 0
+    weight = done = first = 0
     for number, (element, end) in enumerate(json_elements(path)):
         if text_key is None:
             texts.append(json.dumps(element))
@@ -127,9 +129,9 @@ def _json_pieces(path: Path, text_key: str | None) -> Iterator[Piece]:
             raise UserError(f'{path}, element {number + 1}: expected an object with a string under "{text_key}".')
         weight += len(texts[-1])
         if weight >= PIECE_BYTES:
-            yield Piece(str(path), "json", done, end - done, tuple(texts))
-            texts, weight, done = [], 0, end
-    yield Piece(str(path), "json", done, path.stat().st_size - done, tuple(texts))
+            yield Piece(str(path), "json", done, end - done, tuple(texts), first)
+            texts, weight, done, first = [], 0, end, number + 1
+    yield Piece(str(path), "json", done, path.stat().st_size - done, tuple(texts), first)
 
 
 def json_elements(path: Path) -> Iterator[tuple[Any, int]]:
@@ -168,19 +170,30 @@ class Encoded:
 
     ids: list[str]
     end: int  # bytes of the input read so far
+    counts: Counter[str] = field(default_factory=Counter)  # what happened to samples on the way
 
 
 def encode_file(path: Path, recipe: Recipe, num_workers: int) -> Iterator[Encoded]:
     """All samples of a text file, in order. With one worker everything happens in this process."""
-    pieces = pieces_of(path, recipe.text_key)
+    yield from in_processes(pieces_of(path, recipe.text_key), partial(_piece_encoder, recipe), num_workers)
+
+
+def _piece_encoder(recipe: Recipe) -> Callable[[Piece], Encoded]:
+    encoder = Encoder(recipe)
+    return lambda piece: Encoded(encoder.encode(texts_of(piece, recipe.text_key)), piece.end)
+
+
+def in_processes(
+    pieces: Iterator[Piece], make: Callable[[], Callable[[Piece], Encoded]], num_workers: int
+) -> Iterator[Encoded]:
+    """What the function that `make` returns makes of each piece, in order; every process calls `make` once."""
     if num_workers <= 1:
-        _start(recipe)
-        yield from map(_encode_piece, pieces)
+        yield from map(make(), pieces)
         return
     # A fork inherits what is loaded; beside the threads of a training process it is not safe.
     method = "spawn" if "torch" in sys.modules else "fork"
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(recipe,)) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(make,)) as pool:
         running: deque[Future[Encoded]] = deque()
         try:
             for piece in pieces:
@@ -193,15 +206,14 @@ def encode_file(path: Path, recipe: Recipe, num_workers: int) -> Iterator[Encode
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_encoder: Encoder | None = None  # of this process
-_text_key: str | None = None
+_encode: Callable[[Piece], Encoded] | None = None  # of this process
 
 
-def _start(recipe: Recipe) -> None:
-    global _encoder, _text_key
-    _encoder, _text_key = Encoder(recipe), recipe.text_key
+def _start(make: Callable[[], Callable[[Piece], Encoded]]) -> None:
+    global _encode
+    _encode = make()
 
 
 def _encode_piece(piece: Piece) -> Encoded:
-    assert _encoder is not None
-    return Encoded(_encoder.encode(texts_of(piece, _text_key)), piece.end)
+    assert _encode is not None
+    return _encode(piece)

@@ -132,7 +132,6 @@ def test_conversions(small, key, value, new_key, expected):
         ("moe", {"topk": 2}, "see model.moe.*"),
         ("model.num_chunks", 2, "needs parallel.pipeline.size > 1"),
         ("model_type", "LLAVA", "image input"),
-        ("data.use_packed_dataset", False, "always packed"),
         ("lr_scheduler.last_epoch", 5, "remove the key"),
         ("monitor.alert", {"enable_feishu_alert": True}, "enable_feishu_alert=False"),
         ("grad_profiling", {"grad_norm_profiling": True}, "not available yet"),

@@ -121,7 +121,7 @@ def test_id_zero_is_trained_in_megatron_data_only(tmp_path: Path) -> None:
 def test_id_beyond_the_vocabulary_is_named(tmp_path: Path, wrong: int) -> None:
     path = write_bin(tmp_path / "a.bin", [[1, 2, 9, -9], [3, 4, wrong, 5], [6, 7, 8, 9]])
     packed = PackedFile(TokenizedFile(path), 0, options(4, 4, vocab_size=10))
-    shown = str(wrong) if abs(wrong) == 10 else "-?9223372036854775"
+    shown = "10" if abs(wrong) == 10 else "-?9223372036854775"
     with pytest.raises(UserError, match=rf"a\.bin, line 2 \(byte .*token id {shown}.*vocab_size = 10"):
         for k in range(3):
             _ = packed[k]

@@ -36,6 +36,7 @@ OPTIONAL = (
     "lm_eval",
     "matplotlib",
     "peft",
+    "pyarrow",
     "s3fs",
     "streamlit",
     "tensorboard",

@@ -1,0 +1,230 @@
+"""Conversations as training data: tokenised once into the text cache, with a mark on every id that is trained on.
+
+What is trained on is decided in characters, by the template's generation marks, and carried over to ids. In the
+cache an id that is fed but not trained on is stored as its bitwise complement (~id), since 0 is an ordinary id in many
+vocabularies and has no negative.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from internlm.config.schema import DataConfig
+from internlm.data.chat_template import ChatTemplate, find_template, template_of, with_marks
+from internlm.data.formats import Int64s, MegatronFile
+from internlm.data.records import PlainText, Record, parse_line, record_of
+from internlm.data.text import cached, content_hash
+from internlm.data.tokenize import Encoded, Piece, in_processes, line_number, pieces_of, texts_of
+from internlm.data.tokenizer import ChatTokenizer, Encoding, open_chat_tokenizer, tokenizer_files
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+CHAT_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+ROWS = 1000  # of a table that are read at once
+
+logger = get_logger(__name__)
+
+TrainOn = Literal["answers", "last", "all"]
+LongSamples = Literal["cut", "drop", "split"]
+
+
+@dataclass(frozen=True)
+class ChatRecipe:
+    """All that the ids of a conversation depend on."""
+
+    tokenizer: Path
+    template: ChatTemplate
+    train_on: TrainOn
+    max_length: int
+    long_samples: LongSamples | None  # None: a long sample is an error
+
+
+class ChatEncoder:
+    """Records to ids. Raises UserError for a template that does not say what the assistant writes."""
+
+    def __init__(self, recipe: ChatRecipe) -> None:
+        self.recipe = recipe
+        self.tokenizer: ChatTokenizer = open_chat_tokenizer(recipe.tokenizer)
+        if recipe.train_on != "all" and not recipe.template.marks_answers:
+            raise UserError(
+                f"chat template {recipe.template.name} has no generation marks, so it does not say which text the "
+                "assistant writes. Put {% generation %} and {% endgeneration %} around that, name a built-in template "
+                'that writes the same, or train on everything with data.train_on = "all".'
+            )
+
+    def encode(self, record: Record) -> Int64s:
+        """The ids of a record, complemented where they are not trained on. Raises UserError if none is."""
+        text, spans = self._plain(record) if isinstance(record, PlainText) else self._conversation(record)
+        encoding: Encoding = self.tokenizer.encode(text)
+        trained = encoding.inside(spans)
+        if not trained[1:].any():  # the first id is no target: nothing predicts it
+            raise UserError("no token to train on in this sample: it has no (chosen) assistant turn, or an empty one.")
+        return np.where(trained, encoding.ids, ~encoding.ids)
+
+    def _plain(self, record: PlainText) -> tuple[str, list[tuple[int, int]]]:
+        begin, end = self.tokenizer.ends
+        head = begin + record.prompt
+        text = head + record.completion + end
+        return text, [(len(head), len(text))]
+
+    def _conversation(self, record: Any) -> tuple[str, list[tuple[int, int]]]:
+        text, spans = self.recipe.template.render_with_answers(record.messages, tools=record.tools or None)
+        if self.recipe.train_on == "all":
+            return text, [(0, len(text))]
+        answers = [message for message in record.messages if message.role == "assistant"]
+        by_default = [self.recipe.train_on == "answers"] * len(answers)
+        by_default[-1:] = [True] * len(answers[-1:])
+        chosen = [
+            default if message.trained is None else message.trained
+            for message, default in zip(answers, by_default, strict=True)
+        ]
+        if all(chosen):
+            return text, spans
+        if len(spans) != len(answers):
+            raise UserError(
+                f"chat template {self.recipe.template.name} marks {len(spans)} texts of {len(answers)} assistant "
+                "turns, so single turns cannot be chosen."
+            )
+        return text, [span for span, keep in zip(spans, chosen, strict=True) if keep]
+
+    def fitted(self, ids: Int64s, counts: Counter[str]) -> list[Int64s]:
+        """The sample as the rule for long ones leaves it, at most `max_length` ids a piece; counts what it did."""
+        length = self.recipe.max_length
+        if len(ids) <= length:
+            return [ids]
+        rule = self.recipe.long_samples
+        if rule is None:
+            raise UserError(
+                f"{len(ids)} tokens, more than data.seq_len = {length}. Say what to do with long samples: "
+                'data.long_samples = "cut" (keep the beginning), "drop", or "split" (into pieces of seq_len).'
+            )
+        counts[rule] += 1
+        pieces = {
+            "cut": [ids[:length]],
+            "drop": [],
+            "split": [ids[start : start + length] for start in range(0, len(ids), length)],
+        }[rule]
+        kept = [piece for piece in pieces if (piece[1:] >= 0).any()]
+        counts["pieces without a trained token"] += len(pieces) - len(kept)
+        return kept
+
+
+class ChatFile(MegatronFile):
+    """The cached samples of one file of conversations."""
+
+    def sample(self, index: int) -> tuple[Int64s, np.ndarray]:
+        ids = self.tokens(index)
+        return np.where(ids >= 0, ids, ~ids), ids >= 0
+
+    def place(self, index: int) -> str:
+        return f"sample {self.documents[index]}"
+
+
+def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
+    """How the conversations of a run are read. Raises UserError where tokenizer, template and model do not fit."""
+    assert data.tokenizer_path is not None  # config/checks.py
+    path = Path(data.tokenizer_path)
+    tokenizer = open_chat_tokenizer(path)
+    if tokenizer.size > vocab_size:
+        raise UserError(
+            f"data.tokenizer_path = {path} has {tokenizer.size} ids, but model.vocab_size = {vocab_size}: it is not "
+            "the tokenizer that the model was trained with, or vocab_size is too small."
+        )
+    if tokenizer.size < vocab_size:
+        logger.info(f"tokenizer {path} has {tokenizer.size} ids, the model {vocab_size}: the rest is not used")
+    if data.chat_template is None and not path.is_dir():
+        raise UserError(
+            f"data.tokenizer_path = {path} is a file, which has no chat template: name one as data.chat_template."
+        )
+    template = with_marks(template_of(path) if data.chat_template is None else find_template(data.chat_template))
+    stop = template.stop[0] if template.stop else ""
+    if stop and len(tokenizer.encode(stop).ids) != 1:
+        logger.warning(
+            f"chat template {template.name} ends answers with {stop}, which is not one token of {path}: "
+            "check that template and tokenizer belong together"
+        )
+    return ChatRecipe(path, template, data.train_on, data.seq_len, data.long_samples)
+
+
+def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
+    """The samples of a jsonl, json, parquet or arrow file. Raises UserError naming the file and line that is broken."""
+    template = recipe.template
+    parts = (
+        *("chat", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
+        *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
+        *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples)),
+    )
+    entry = cached(path, parts, lambda workers: encode_chats(path, recipe, workers))
+    file = ChatFile(entry, min_length)
+    file.name = str(path)
+    return file
+
+
+def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[Encoded]:
+    """All samples of a file in order; what the rule for long samples did is logged at the end."""
+    counts: Counter[str] = Counter()
+    for encoded in in_processes(chat_pieces(path), partial(_piece_encoder, recipe), num_workers):
+        counts.update(encoded.counts)
+        yield encoded
+    if counts:
+        logger.info(f"{path}: {', '.join(f'{name}: {count}' for name, count in counts.items())} (data.long_samples)")
+
+
+def chat_pieces(path: Path) -> Iterator[Piece]:
+    """The tasks of a file: lines, or rows of a table as JSON."""
+    if path.suffix in (".parquet", ".arrow"):
+        first = 0
+        for rows in _table_rows(path):
+            texts = tuple(json.dumps(row, ensure_ascii=False) for row in rows)
+            yield Piece(str(path), "json", texts=texts, first=first)
+            first += len(texts)
+    else:
+        yield from pieces_of(path, None)
+
+
+def _piece_encoder(recipe: ChatRecipe) -> Callable[[Piece], Encoded]:
+    encoder = ChatEncoder(recipe)
+
+    def encode(piece: Piece) -> Encoded:
+        counts: Counter[str] = Counter()
+        samples: list[str] = []
+        for number, line in enumerate(texts_of(piece, None)):
+            if not line.strip():
+                continue
+            try:
+                pieces = encoder.fitted(encoder.encode(record_of(parse_line(line))), counts)
+            except UserError as error:
+                raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
+            samples += [str(ids.tolist())[1:-1] for ids in pieces]
+        return Encoded(samples, piece.end, counts)
+
+    return encode
+
+
+def place_in(piece: Piece, number: int) -> str:
+    """Where text `number` of a piece stands in its file."""
+    return f"line {line_number(piece, number)}" if piece.kind == "jsonl" else f"record {piece.first + number + 1}"
+
+
+def _table_rows(path: Path) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """Rows of a parquet file, or of an arrow file as Hugging Face's `datasets` saves it, some at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f'{path} is read by a package that is missing: pip install "internlm[data]"') from error
+    try:
+        if path.suffix == ".parquet":
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS)
+        else:
+            batches = iter(pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))))
+        for batch in batches:
+            yield batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}).") from error

@@ -1,0 +1,291 @@
+"""Conversations to rows: which ids are trained on, against transformers' masks; shapes, refusals, packing."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
+from internlm.data.chat import ChatEncoder, ChatRecipe, recipe_of
+from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
+from internlm.data.fitting import best_fit
+from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
+from internlm.data.records import pair_of, record_of
+from internlm.data.sources import open_train
+from internlm.data.tokenizer import open_chat_tokenizer
+from internlm.model.batch import IGNORE_INDEX
+from internlm.utils.errors import UserError
+from tests.data.helpers import REAL_TOKENIZER, make_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo_sft" / "tokenizer.model"
+TALK = {
+    "messages": [
+        {"role": "user", "content": "Wie geht's? é 🦙"},
+        {"role": "assistant", "content": "  Good \u0378!\n"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "🦙 bye"},
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def encoder(template: str = "chatml", **changes: Any) -> ChatEncoder:
+    settings = {"train_on": "answers", "max_length": 64, "long_samples": None, **changes}
+    return ChatEncoder(ChatRecipe(DEMO, BUILT_IN[template], **settings))
+
+
+def shown(ids: np.ndarray, trained: bool) -> str:
+    """The text of the ids that are, or are not, trained on."""
+    tokenizer = open_chat_tokenizer(DEMO)
+    kept = ids[ids >= 0] if trained else ~ids[ids < 0]
+    return bytes_to_text("".join(tokenizer.piece(int(index)) for index in kept))
+
+
+def bytes_to_text(text: str) -> str:
+    raw = re.sub(r"<0x(..)>", lambda found: chr(int(found[1], 16) + 0xE000), text)
+    data = b"".join(bytes([ord(c) - 0xE000]) if 0xE000 <= ord(c) < 0xE100 else c.encode() for c in raw)
+    return data.decode()
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_ids_and_masks_are_those_of_transformers(tmp_path: Path, from_folder: bool) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(open_tokenizer(DEMO, 1024), tmp_path, 256)
+    (tmp_path / "chat_template.jinja").write_text(BUILT_IN["chatml"].source)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        TALK["messages"], return_assistant_tokens_mask=True, return_dict=True
+    )
+    recipe = ChatRecipe(tmp_path if from_folder else DEMO, BUILT_IN["chatml"], "answers", 100, None)
+    ids = ChatEncoder(recipe).encode(record_of(TALK))
+    assert np.where(ids >= 0, ids, ~ids).tolist() == theirs["input_ids"]
+    assert (ids >= 0).astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="the InternLM tokenizers are not here")
+def test_real_tokenizers() -> None:
+    """The ids of the reference: <s> 1, <eoa> 103028; InternLM2's released names of unused pieces."""
+    first = open_chat_tokenizer(REAL_TOKENIZER)
+    assert first.encode("<s><|Bot|>:a<eoa></s>").ids.tolist() == [1, *first.encode("<|Bot|>:a").ids, 103028, 2]
+    second = open_chat_tokenizer(REAL_TOKENIZER.with_name("tokenizer_internlm2.model"))
+    names = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>")
+    assert [second.encode(name).ids.tolist() for name in names] == [[92543 - i] for i in range(6)]
+    encoding = second.encode("héllo <|im_end|>\n中文🦙")
+    text = "héllo <|im_end|>\n中文🦙"
+    assert encoding.ends[-1] == len(text) and text[encoding.starts[2] : encoding.ends[-1]].endswith("🦙")
+
+
+def test_what_is_trained_on() -> None:
+    record = record_of(TALK)
+    assert shown(encoder().encode(record), True) == "  Good \u0378!\n<|im_end|>🦙 bye<|im_end|>"
+    assert shown(encoder(train_on="last").encode(record), True) == "🦙 bye<|im_end|>"
+    assert shown(encoder(train_on="all").encode(record), False) == ""
+    chosen = json.loads(json.dumps(TALK))
+    chosen["messages"][3]["trained"] = False
+    assert shown(encoder().encode(record_of(chosen)), True) == "  Good \u0378!\n<|im_end|>"
+    plain = encoder().encode(record_of({"prompt": "one\n", "completion": "two"}))
+    assert (shown(plain, False), shown(plain, True)) == ("<s>one\n", "two</s>")
+    text = encoder().encode(record_of({"text": "one two"}))
+    assert (shown(text, False), shown(text, True)) == ("<s>", "one two</s>")
+
+
+ASKED, ANSWERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        {"instruction": "hi", "input": "", "output": "yo"},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]},
+        {"prompt": ASKED, "completion": "yo<|im_end|>\n", "plain": True},
+    ],
+)
+def test_shapes_say_the_same(value: dict[str, Any]) -> None:
+    ids = encoder().encode(record_of(value))
+    plain = "plain" in value
+    assert shown(ids, True) == ANSWERED + ("\n</s>" if plain else "")
+    assert shown(ids, False) == ("<s>" + ASKED if plain else ASKED + "\n")
+
+
+def test_more_of_alpaca_and_sharegpt() -> None:
+    alpaca = {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]], "system": "s"}
+    roles = [(turn.role, turn.content) for turn in record_of(alpaca).messages]  # type: ignore[union-attr]
+    assert roles == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "add\n1 2"), ("assistant", "3")]
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    talk = {"conversations": [call, {"from": "observation", "value": "1"}], "tools": '[{"name": "f"}]'}
+    record = record_of(talk)
+    assert record.messages[0].tool_calls[0].arguments == {"x": 1} and record.tools == ({"name": "f"},)  # type: ignore[union-attr]
+    chosen, rejected = pair_of({"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"})
+    assert [turn.content for turn in chosen.messages] == ["q", "a"]  # type: ignore[union-attr]
+    assert rejected.completion == "b"  # type: ignore[union-attr]
+
+
+def test_long_samples() -> None:
+    ids = np.array([~1, 2, 3, ~4, ~5, ~6, 7])
+    counts: Counter[str] = Counter()
+
+    def fitted(rule: Any) -> list[list[int]]:
+        return [piece.tolist() for piece in encoder(max_length=3, long_samples=rule).fitted(ids, counts)]
+
+    assert fitted("cut") == [[~1, 2, 3]] and fitted("drop") == []
+    assert fitted("split") == [[~1, 2, 3]]  # nothing is learnt from [4, 5, 6], nor from a first token
+    assert counts == {"cut": 1, "drop": 1, "split": 1, "pieces without a trained token": 2}
+    with pytest.raises(UserError, match=r"7 tokens, more than data.seq_len = 3.*cut.*drop.*split"):
+        fitted(None)
+
+
+def chat_config(folder: Path, **data: Any) -> Any:
+    settings = {"type": "chat", "train_folder": str(folder), "tokenizer_path": str(DEMO), "chat_template": "chatml"}
+    return make_config(1024, **{**settings, "seq_len": 64, "micro_bsz": 1, "micro_num": 1, **data})
+
+
+def write_lines(path: Path, *values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(v if isinstance(v, str) else json.dumps(v) + "\n" for v in values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken\n", "broken JSON"),
+        ({"question": "?"}, "keys question are of no known shape"),
+        ({"messages": [{"role": "human", "content": ""}]}, 'role "human" is unknown'),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no token to train on"),
+        ({"messages": [{"role": "user", "content": "hi " * 99}, TALK["messages"][1]]}, "more than data.seq_len = 64"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: Any, reason: str) -> None:
+    write_lines(tmp_path / "data" / "a.jsonl", TALK, "\n", line, TALK)
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{reason}"):
+        build_train_loader(chat_config(tmp_path / "data"), 0, 1)
+    write_lines(tmp_path / "list" / "b.json", "[" + ",".join(json.dumps(TALK) for _ in range(2)), ', {"x": 1}]')
+    with pytest.raises(UserError, match=r"b\.json, record 3: "):
+        build_train_loader(chat_config(tmp_path / "list"), 0, 1)
+
+
+def test_tokenizer_and_template_must_fit(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", TALK)
+    with pytest.raises(UserError, match=r"has 1024 ids, but model.vocab_size = 512"):
+        recipe_of(chat_config(tmp_path).data, 512)
+    with pytest.raises(UserError, match="is a file, which has no chat template"):
+        recipe_of(chat_config(tmp_path, chat_template=None).data, 1024)
+    bare = ChatTemplate("bare", "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match=r"bare has no generation marks.*built-in"):
+        ChatEncoder(ChatRecipe(DEMO, bare, "answers", 64, None))
+    published = (  # as Qwen and others publish ChatML
+        "{% for message in messages %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+        "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert with_marks(ChatTemplate("published", published)).source == BUILT_IN["chatml"].source
+    assert with_marks(bare) is bare
+
+
+def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    write_lines(tmp_path / "lines" / "a.jsonl", *[TALK] * 3)
+    table = pyarrow.Table.from_pylist([TALK] * 3)
+    for name in ("parquet", "arrow"):
+        (tmp_path / name).mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "parquet" / "a.parquet")
+    with (
+        pyarrow.OSFile(str(tmp_path / "arrow" / "data-00000.arrow"), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, table.schema) as out,
+    ):
+        out.write_table(table)
+    batches = [
+        next(iter(build_train_loader(chat_config(tmp_path / name), 0, 1))).micro_batches[0]
+        for name in ("lines", "parquet", "arrow")
+    ]
+    assert all(
+        (batch.tokens == batches[0].tokens).all() and (batch.labels == batches[0].labels).all() for batch in batches
+    )
+
+
+def test_rows_hold_whole_samples(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": "user", "content": "a " * n}, {"role": "assistant", "content": f"b{n}"}]}
+        for n in range(1, 20)
+    ]
+    write_lines(tmp_path / "a.jsonl", *talks)
+    config = chat_config(tmp_path, micro_bsz=2, valid_folder=str(tmp_path))
+    packed = TrainRows(open_train(config.data, 1024), pack_options(config))
+    rows = _Rows.of([packed[number] for number in range(len(packed))]).batches()
+    (validation,) = build_valid_loaders(config, 0, 1).values()
+    seen = Counter()
+    for row in rows:
+        start = 0
+        for length in row.segments.lengths:
+            part = slice(start, start + length)
+            labels, tokens = row.labels[part], row.tokens[part]
+            assert row.positions[part].tolist() == list(range(length))
+            trained = labels != IGNORE_INDEX
+            if trained.any():
+                assert tokens[0] == open_chat_tokenizer(DEMO).encode("<|im_start|>").ids[0]
+                assert (labels[:-1][trained[:-1]] == tokens[1:][trained[:-1]]).all() and not trained[-1]
+                seen[tuple(tokens.tolist())] += 1
+            start += length
+    assert len(seen) == len(talks) and set(seen.values()) == {1}
+    assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in validation)
+
+
+def test_best_fit_wastes_little() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 4000)
+    rows = best_fit(lengths, 1000)
+    assert sorted(sample for row in rows for sample in row) == list(range(4000))
+    assert max(lengths[row].sum() for row in rows) <= 1000
+    assert lengths.sum() / (len(rows) * 1000) > 0.99
+
+
+def test_unpacked_form_is_that_of_2023(tmp_path: Path) -> None:
+    """micro_bsz samples of the fixed order a row, cut to seq_len, padded at the end; total // row length rows."""
+    from internlm.data.fitting import UnpackedFile
+    from internlm.data.formats import TokenizedFile
+    from internlm.data.packing import PackOptions
+    from tests.data.helpers import write_bin
+
+    samples = [[10 * i + j + 1 for j in range(i)] for i in range(1, 9)]
+    file = UnpackedFile(
+        TokenizedFile(write_bin(tmp_path / "a.bin", samples)), 3, PackOptions(4, 8, 100, packing="unpacked")
+    )
+    order = np.arange(8)
+    np.random.RandomState(1024).shuffle(order)
+    assert len(file) == min(36 // 8, 4)
+    for index in range(len(file)):
+        cut = [samples[i][:4] for i in order[2 * index : 2 * index + 2]]
+        padding = 8 - sum(map(len, cut))
+        row = file[index]
+        assert row.data[0].tolist() == cut[0] + cut[1] + [0] * padding
+        expected = [label for sample in cut for label in [*sample[1:], IGNORE_INDEX]] + [IGNORE_INDEX] * padding
+        assert row.data[1].tolist() == expected
+        assert row.lengths[:2] == tuple(map(len, cut)) and sum(row.lengths) == 8
+
+
+def test_inspect_data_shows_a_sample(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "inspect_data.py"), "--config", "configs/demo_sft.py", "--sample"]
+    done = subprocess.run([*command, "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<|im_start|>user\nWhat is a config file?" in done.stdout and "180 in 1 files" in done.stdout
+    efficiency, trained = (
+        float(line.split()[-k][:-1]) for line, k in zip(done.stdout.splitlines()[-2:], (7, 4), strict=True)
+    )
+    assert 80 < efficiency < 100 and 40 < trained < 70
+    done = subprocess.run([*command, "180"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "there are 180 samples" in done.stderr
