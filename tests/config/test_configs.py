@@ -14,7 +14,7 @@ from internlm.model.flops import num_parameters
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 MODELS = sorted((ROOT / "configs" / "_base_" / "models").glob("*.py"))
-NO_DATA = ["data.train_folder=None", "data.valid_folder=None"]
+NO_DATA = ["data.type=tokenized", "data.train_folder=None", "data.valid_folder=None"]
 
 # Parameters in 10^9: InternLM-7B as the 2023 framework counted it; the others as their model cards say.
 SIZES = {
@@ -26,13 +26,14 @@ SIZES = {
     "7B_llama2": 6.738,
     "7B_sft": 7.321948160,
     "demo": 0.010,
+    "demo_sft": 0.002607,
 }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configs(path):
     config = load_config(path, NO_DATA)
-    assert find_problems(config, world_size=1 if path.stem in ("demo", "0.6B_qwen3") else 64) == []
+    assert find_problems(config, world_size=1 if path.stem in ("demo", "demo_sft", "0.6B_qwen3") else 64) == []
     assert num_parameters(config.model) / 1e9 == pytest.approx(SIZES[path.stem], rel=5e-3)
 
 
