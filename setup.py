@@ -36,7 +36,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["internlm", "internlm.*"]),
-    package_data={"internlm": ["py.typed", "data/templates/*.jinja"]},
+    package_data={"internlm": ["py.typed", "data/templates/*.jinja", "checkpoint/remote_code/*.in"]},
     install_requires=requirements("runtime"),
     extras_require=extras,
     classifiers=[

@@ -15,6 +15,7 @@ from typing import Literal
 from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
 from internlm.checkpoint.native import open_checkpoint
+from internlm.data.chat_template import BUILT_IN, find_template
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging
 
@@ -22,8 +23,12 @@ logger = get_logger("convert2hf")
 
 ARCH_HELP = """layout of the export. Default: the one that transformers (5.3 or newer) and the serving engines load
 without remote code: llama for INTERNLM (attention_bias=true), INTERNLM2_PUBLIC and LLAMA2, qwen2 for QWEN2, qwen3 for
-QWEN3. internlm and internlm2 give the tensor names and config.json that InternLM published; to load those, their
-modeling_*.py files must be put beside them."""
+QWEN3. internlm and internlm2 give the tensor names and config.json that InternLM published. With internlm come the
+Python files that load it with trust_remote_code=True and give the model `chat` and `stream_chat`; to load
+internlm2, its published modeling_*.py files must be put beside it."""
+TEMPLATE_HELP = f"""chat template to put beside the tokenizer, so that chat engines know how turns are written: a name
+({", ".join(BUILT_IN)}), a Jinja file or a Hugging Face folder. Its stop tokens go into generation_config.json, and the
+free pieces of InternLM2's tokenizer get the names it uses. Default: none."""
 DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
 model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
 
@@ -41,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", help="sentencepiece .model file or Hugging Face folder; default: data.tokenizer_path of the run"
     )
+    parser.add_argument("--chat_template", help=TEMPLATE_HELP)
     parser.add_argument("--arch", choices=[*LAYOUTS], help=ARCH_HELP)
     parser.add_argument("--dtype", default="float16", help=DTYPE_HELP)
     parser.add_argument("--max_shard", default="10GB", help="largest size of one safetensors file, default 10GB")
@@ -62,6 +68,7 @@ def convert(arguments: argparse.Namespace) -> None:
             raise UserError(f"--max_pos {arguments.max_pos} must be positive")
         model = config.model.model_copy(update={"max_position_embeddings": arguments.max_pos})
         config = config.model_copy(update={"model": model})
+    template = None if arguments.chat_template is None else find_template(arguments.chat_template)
     tokenizer = arguments.tokenizer
     if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
         tokenizer = config.data.tokenizer_path
@@ -75,6 +82,7 @@ def convert(arguments: argparse.Namespace) -> None:
         arguments.max_shard,
         tokenizer,
         force=arguments.force,
+        template=template,
     )
 
 

@@ -7,6 +7,7 @@ config.json is written last, so a folder with one is a whole export.
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
 from internlm.config.schema import Config, ModelConfig
+from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -37,6 +39,7 @@ logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_CODE = Path(__file__).parent / "remote_code"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -57,12 +60,14 @@ def export_hf(
     max_shard: str = "10GB",
     tokenizer: str | Path | None = None,
     force: bool = False,
+    template: ChatTemplate | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder: config.json, safetensors, generation_config.json, tokenizer files.
 
     `named(name)` returns a global native parameter in any dtype on any device; each is asked for once, in order.
     `arch`: a layout of `hf_names`, None for the one that transformers loads without remote code. `dtype`: "float32",
     "float16", "bfloat16", or "auto" for the model's own. `tokenizer`: a sentencepiece model or a Hugging Face folder.
+    `template`: a chat template for the tokenizer.
     Raises UserError before anything is written, except where a value does not fit into float16.
     """
     folder, model = Path(folder).expanduser(), config.model
@@ -82,17 +87,25 @@ def export_hf(
     if not tied:
         shapes["head.weight"] = shapes["embedding.weight"]
     _write_weights(folder, entries(layout, shapes), _Native(named, model), dtype, limit)
+    special_ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    generation_ids = special_ids
     if source is not None:
-        write_tokenizer(source, folder, model.max_position_embeddings)
+        special_ids = source.special_ids
+        generation_ids = write_tokenizer(source, folder, model.max_position_embeddings, template)
     else:
         logger.warning(f"{folder} gets no tokenizer files, since no tokenizer was given")
-    special_ids = (
-        dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if source is None else source.special_ids
-    )
-    _write_json(folder / "generation_config.json", {key: i for key, i in special_ids.items() if i is not None})
+    _write_json(folder / "generation_config.json", {key: i for key, i in generation_ids.items() if i is not None})
+    _write_remote_code(layout, folder)
     _write_json(folder / "config.json", config_json(layout, model, dtype, tied, special_ids))
     logger.info(f"exported {folder} as {layout} in {dtype}")
-    if layout in REMOTE_CODE:
+
+
+def _write_remote_code(layout: str, folder: Path) -> None:
+    """The classes of a layout that transformers lacks, where we have them."""
+    sources = sorted(_CODE.glob(f"*_{layout}.py.in"))
+    for source in sources:
+        shutil.copyfile(source, folder / source.name.removesuffix(".in"))
+    if layout in REMOTE_CODE and not sources:
         logger.warning(
             f"transformers has no class for the layout {layout}: loading {folder} needs the published "
             f"modeling_{layout}.py and configuration_{layout}.py beside config.json, and trust_remote_code=True"

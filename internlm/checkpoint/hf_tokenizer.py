@@ -16,11 +16,21 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
+# Pieces that InternLM2's tokenizer keeps free, and what the released chat models call them.
+_INTERNLM2_NAMES = {
+    "[UNUSED_TOKEN_141]": "<|plugin|>",
+    "[UNUSED_TOKEN_142]": "<|interpreter|>",
+    "[UNUSED_TOKEN_143]": "<|action_end|>",
+    "[UNUSED_TOKEN_144]": "<|action_start|>",
+    "[UNUSED_TOKEN_145]": "<|im_end|>",
+    "[UNUSED_TOKEN_146]": "<|im_start|>",
+}
 _SPACE = "\u2581"  # how sentencepiece writes a blank
 _COPIED = (
     "tokenizer.json",
@@ -72,8 +82,39 @@ def open_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
     return source
 
 
-def write_tokenizer(source: TokenizerSource, folder: Path, max_length: int) -> None:
-    """Write the tokenizer files into `folder`. `max_length` is the longest input in tokens."""
+def write_tokenizer(
+    source: TokenizerSource, folder: Path, max_length: int, template: ChatTemplate | None = None
+) -> dict[str, Any]:
+    """Write the tokenizer files into `folder`; `max_length` is the longest input in tokens.
+
+    With a chat template, its turn marks become special tokens where InternLM2's tokenizer has free pieces for them.
+    Returns the special ids for generation_config.json: an answer also ends at the template's stop tokens.
+    """
+    _write_files(source, folder, max_length, template)
+    if template is None:
+        return source.special_ids
+    # without marks of what to train on, which other engines don't know
+    (folder / "chat_template.jinja").write_text(template.plain_source, encoding="utf-8")
+    return _with_stops(source.special_ids, folder, template)
+
+
+def _with_stops(special_ids: dict[str, Any], folder: Path, template: ChatTemplate) -> dict[str, Any]:
+    about = _read_json(folder / "tokenizer.json")
+    vocab = about.get("model", {}).get("vocab", {})
+    ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    ids.update({token["content"]: token["id"] for token in about.get("added_tokens", [])})
+    if missing := [text for text in template.stop if text not in ids]:
+        logger.warning(
+            f"the tokenizer has no token {', '.join(missing)}, at which answers of chat template {template.name} end: "
+            "generation goes on until another stop token or the length limit"
+        )
+    eos = special_ids.get("eos_token_id")
+    own = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    stops = list(dict.fromkeys([*own, *(ids[text] for text in template.stop if text in ids)]))
+    return {**special_ids, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+
+
+def _write_files(source: TokenizerSource, folder: Path, max_length: int, template: ChatTemplate | None) -> None:
     if source.is_folder:
         for name in _COPIED:
             if (source.path / name).exists():
@@ -98,7 +139,13 @@ def write_tokenizer(source: TokenizerSource, folder: Path, max_length: int) -> N
     _write_json(folder / "tokenizer_config.json", settings)
     special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings[key]}
     _write_json(folder / "special_tokens_map.json", special)
-    _write_fast_tokenizer(processor, folder / "tokenizer.json")
+    pieces = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
+    renamed = {
+        piece: name
+        for piece, name in _INTERNLM2_NAMES.items()
+        if template is not None and piece in pieces and name in template.source
+    }
+    _write_fast_tokenizer(processor, folder / "tokenizer.json", renamed)
 
 
 def fast_tokenizer(file: Path) -> Any:
@@ -149,8 +196,9 @@ def _open_folder(path: Path) -> TokenizerSource:
     )
 
 
-def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path) -> None:
-    """tokenizer.json with the algorithm, merges and switches of the sentencepiece model."""
+def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed: dict[str, str]) -> None:
+    """tokenizer.json with the algorithm, merges and switches of the sentencepiece model. `renamed` pieces get other
+    names and become special tokens."""
     try:
         sentencepiece_model_pb2 = import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
         from tokenizers import AddedToken, Tokenizer, processors
@@ -179,7 +227,23 @@ def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path) -> None
             f"tokenizer.json and tokenizer.model differ on {differing}: this sentencepiece model uses features "
             "that tokenizer.json cannot express; prefer tokenizer.model"
         )
-    tokenizer.save(str(file))
+    _write_json(file, _with_names(json.loads(tokenizer.to_str()), renamed))
+
+
+def _with_names(about: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
+    """tokenizer.json with other names for some pieces."""
+    vocab = about["model"]["vocab"]
+    if isinstance(vocab, list):
+        ids = {piece: index for index, (piece, _) in enumerate(vocab)}
+        about["model"]["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocab]
+    else:
+        ids = vocab
+        about["model"]["vocab"] = {renamed.get(piece, piece): index for piece, index in vocab.items()}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    new = [{"id": ids[piece], "content": name, **flags} for piece, name in renamed.items()]
+    kept = [token for token in about["added_tokens"] if token["content"] not in renamed]
+    about["added_tokens"] = sorted([*kept, *new], key=lambda token: token["id"])
+    return about
 
 
 def _algorithm(proto: Any) -> Any:
