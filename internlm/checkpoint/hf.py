@@ -92,6 +92,11 @@ def export_hf(
     if source is not None:
         special_ids = source.special_ids
         generation_ids = write_tokenizer(source, folder, model.max_position_embeddings, template)
+        if layout == "qwen2" and not source.is_folder:
+            logger.warning(
+                "AutoTokenizer of transformers takes its own Qwen2Tokenizer for every qwen2 folder, which splits "
+                f"text otherwise than this tokenizer: load PreTrainedTokenizerFast.from_pretrained({str(folder)!r})"
+            )
     else:
         logger.warning(f"{folder} gets no tokenizer files, since no tokenizer was given")
     _write_json(folder / "generation_config.json", {key: i for key, i in generation_ids.items() if i is not None})

@@ -16,8 +16,9 @@ _CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "internlm": "InternLMForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
 }
-_PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2"}  # of the remote-code classes
+_PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2", "internlm3": "InternLM3"}  # of the remote-code classes
 # What a reader may set otherwise without loading a different set of weights.
 _FREE = ("rope_base", "max_position_embeddings")
 
@@ -65,6 +66,9 @@ def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
         **theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
     }
+    if layout == "internlm3":
+        biases = {"qkv_bias": model.qkv_bias, "bias": False}  # the latter of the output and feed-forward projections
+        return {**common, **biases, "auto_map": _auto_map(layout)}
     if layout == "qwen2":
         return {**common, "use_sliding_window": False}
     if layout == "mixtral":
@@ -122,8 +126,11 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     missing = [key for key in needed if key not in hf]
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} missing; this is not the config.json of a whole model")
+    if layout == "internlm3" and hf.get("bias", False):
+        raise UserError(f"{file}: bias=True puts biases on the feed-forward layers, which our Transformer lacks")
     heads = hf["num_attention_heads"]
-    bias = hf.get("bias", True) if layout in _PREFIXES else hf.get("attention_bias", False)
+    bias = hf.get("bias", True) if layout in ("internlm", "internlm2") else hf.get("attention_bias", False)
+    qkv_bias = {"qwen2": True, "internlm3": hf.get("qkv_bias", False)}.get(layout, bias)
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -136,8 +143,8 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
         "rope_base": float(_rope(hf).get("rope_theta", 10000.0)),
         "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
-        "qkv_bias": True if layout == "qwen2" else bias,
-        "out_bias": False if layout == "qwen2" else bias,
+        "qkv_bias": qkv_bias,
+        "out_bias": False if layout in ("qwen2", "internlm3") else bias,
         "qk_norm": layout in ("qwen3", "qwen3_moe"),
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
         **_experts(hf, layout),
@@ -151,6 +158,7 @@ def preset_of(hf: dict[str, Any]) -> str:
     return {
         "internlm": "INTERNLM",
         "internlm2": "INTERNLM2_PUBLIC",
+        "internlm3": "INTERNLM2_PUBLIC",
         "qwen2": "QWEN2",
         "qwen3": "QWEN3",
         "mixtral": "MIXTRAL",

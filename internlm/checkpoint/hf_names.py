@@ -12,6 +12,7 @@ What no index can express (rotary pairing, the normalised head) is done on whole
 | mixtral | the same names; experts instead of the feed-forward layer | by itself |
 | qwen3_moe | those of qwen3; experts instead of the feed-forward layer | by itself |
 | internlm | the same names; what InternLM published in 2023 | with remote code |
+| internlm3 | the same names; biases on q, k, v or on none, as InternLM3 publishes | with remote code |
 | internlm2 | fused wqkv grouped by key/value head, as InternLM2 publishes | with remote code |
 """
 
@@ -101,9 +102,10 @@ LAYOUTS = {
     "mixtral": _MIXTRAL,
     "qwen3_moe": _QWEN3_MOE,
     "internlm": _LLAMA,
+    "internlm3": _LLAMA,
     "internlm2": _INTERNLM2,
 }
-REMOTE_CODE = ("internlm", "internlm2")  # layouts whose model class is not part of transformers
+REMOTE_CODE = ("internlm", "internlm2", "internlm3")  # layouts whose model class is not part of transformers
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def check_layout(layout: str, model: ModelConfig) -> None:
             (model.head_size * model.num_attention_heads != model.hidden_size, f"head_dim={model.head_size}"),
             experts,
         ],
+        "internlm3": [(model.out_bias, biases), (model.qk_norm, "qk_norm=True"), experts],
         "internlm2": [
             (not same_biases, biases),
             (model.qk_norm, "qk_norm=True"),

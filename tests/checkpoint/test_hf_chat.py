@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from internlm.apis.generate import generate
 from internlm.checkpoint.hf import HFReader, export_hf
@@ -97,10 +104,12 @@ def test_public_internlm2_tokenizer(repo_root: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, 92542]
 
 
-def test_sentencepiece_beside_qwen2(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    exported(tmp_path, tiny_tokenizer, "qwen2")
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+def test_sentencepiece_beside_qwen2(tiny_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers overrules tokenizer_config.json for this model type, so the export says what to load instead."""
+    with caplog.at_level("WARNING", "internlm"):
+        exported(tmp_path, tiny_tokenizer, "qwen2")
+    assert "load PreTrainedTokenizerFast.from_pretrained" in caplog.text
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer))
     for text in ("Hello,  world!", "书生·浦语\n\tx = 1", "naïve 🦙"):
         assert tokenizer.encode(text) == [1, *processor.encode(text)]

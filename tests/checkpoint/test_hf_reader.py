@@ -42,7 +42,12 @@ SMALL = {
 def test_export_then_import_is_bit_equal(case: str, arch: str | None, tmp_path: Path) -> None:
     config, model = tiny_run(case, dtype="torch.bfloat16")
     if arch == "own":
-        arch = {"INTERNLM": "internlm", "INTERNLM2_PUBLIC": "internlm2", "LLAMA2": "internlm2"}.get(config.model_type)
+        arch = {
+            "INTERNLM": "internlm",
+            "INTERNLM2_PUBLIC": "internlm2",
+            "LLAMA2": "internlm2",
+            "QWEN2": "internlm3",
+        }.get(config.model_type)
     export_hf(named(model), config, tmp_path, arch=arch, max_shard="20KB")
     reader = HFReader(tmp_path, config.model)
     for name, parameter in model.named_parameters():

@@ -39,7 +39,7 @@ MODELS: dict[str, old.Generation] = {
 
 def llama(generation: old.Generation, weights: old.Weights) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=old.VOCAB,
+        vocab_size=len(weights["lm_head.weight"]),
         hidden_size=old.HIDDEN,
         intermediate_size=old.FFN,
         num_hidden_layers=old.LAYERS,

@@ -116,7 +116,7 @@ def _section(folder: LegacyFolder, run: Config | None) -> dict[str, Any]:
         section = run.model.model_dump()
     else:
         _compare(folder.path, raw, facts)
-        section = _modernised(folder.path, raw, facts.family)
+        section = modern_section(folder.path, raw, facts.family)
     _, files, key = folder.locate("layers.0.attention.wqkv.weight")[0]
     return {
         **section,
@@ -142,7 +142,11 @@ def _compare(path: str, raw: dict[str, Any], facts: Facts) -> None:
             )
 
 
-def _modernised(path: str, raw: dict[str, Any], family: str) -> dict[str, Any]:
+def modern_section(path: str, raw: dict[str, Any], family: str) -> dict[str, Any]:
+    """The model section of 2023 in today's spelling, with what `family` assumed then. `path` is for messages.
+
+    Keys that mean nothing here are left out with a warning. Raises UserError for what can't be built.
+    """
     report = Report()
     model = {key: value for key, value in raw.items() if key not in _OF_TRAINING}
     tree = modernise({"model_type": family, "model": model}, f"{path}/model_config.pt", report)
