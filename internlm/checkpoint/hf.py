@@ -7,7 +7,6 @@ config.json is written last, so a folder with one is a whole export.
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from internlm.checkpoint.hf_config import check_same, config_json, model_section, preset_of
 from internlm.checkpoint.hf_names import (
-    REMOTE_CODE,
     Entry,
     check_layout,
     default_layout,
@@ -27,6 +25,7 @@ from internlm.checkpoint.hf_names import (
     to_half_split,
     to_interleaved,
 )
+from internlm.checkpoint.hf_remote_code import write_remote_code
 from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
@@ -39,7 +38,6 @@ logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_CODE = Path(__file__).parent / "remote_code"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -100,21 +98,9 @@ def export_hf(
     else:
         logger.warning(f"{folder} gets no tokenizer files, since no tokenizer was given")
     _write_json(folder / "generation_config.json", {key: i for key, i in generation_ids.items() if i is not None})
-    _write_remote_code(layout, folder)
+    write_remote_code(layout, folder)
     _write_json(folder / "config.json", config_json(layout, model, dtype, tied, special_ids))
     logger.info(f"exported {folder} as {layout} in {dtype}")
-
-
-def _write_remote_code(layout: str, folder: Path) -> None:
-    """The classes of a layout that transformers lacks, where we have them."""
-    sources = sorted(_CODE.glob(f"*_{layout}.py.in"))
-    for source in sources:
-        shutil.copyfile(source, folder / source.name.removesuffix(".in"))
-    if layout in REMOTE_CODE and not sources:
-        logger.warning(
-            f"transformers has no class for the layout {layout}: loading {folder} needs the published "
-            f"modeling_{layout}.py and configuration_{layout}.py beside config.json, and trust_remote_code=True"
-        )
 
 
 class _Native:

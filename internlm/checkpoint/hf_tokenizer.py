@@ -23,14 +23,8 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 # Pieces that InternLM2's tokenizer keeps free, and what the released chat models call them.
-_INTERNLM2_NAMES = {
-    "[UNUSED_TOKEN_141]": "<|plugin|>",
-    "[UNUSED_TOKEN_142]": "<|interpreter|>",
-    "[UNUSED_TOKEN_143]": "<|action_end|>",
-    "[UNUSED_TOKEN_144]": "<|action_start|>",
-    "[UNUSED_TOKEN_145]": "<|im_end|>",
-    "[UNUSED_TOKEN_146]": "<|im_start|>",
-}
+_NAMES = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+_INTERNLM2_NAMES = {f"[UNUSED_TOKEN_{number}]": name for number, name in enumerate(_NAMES, 141)}
 _SPACE = "\u2581"  # how sentencepiece writes a blank
 _COPIED = (
     "tokenizer.json",

@@ -64,7 +64,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "internlm").rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed")
+        if path.is_file() and path.suffix in (".py", ".typed", ".jinja", ".in")
     }
     assert packaged == sources
     version = re.search(r'__version__ = "(.+)"', (ROOT / "internlm" / "__init__.py").read_text(encoding="utf-8"))
