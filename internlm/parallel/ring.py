@@ -69,7 +69,7 @@ class _RingAttention(torch.autograd.Function):
                 )
                 grad_q[rows] += grad_rows
             # Back to the owner; what this rank sent forward in the same step returns from where it went.
-            outgoing = None if computed is None else torch.stack(computed)
+            outgoing = None if computed is None else torch.stack(computed).to(k.dtype)
             incoming = None if step.send is None else torch.empty_like(grad_kv[:, step.send], dtype=k.dtype)
             returning.append((step.send, shift(outgoing, incoming, -number, group)))
         for rows, arrive in returning:

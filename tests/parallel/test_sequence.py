@@ -43,7 +43,9 @@ def inputs_of(index: int) -> tuple[Batch, list[Tensor]]:
     return row_of(DOCUMENTS[index], (4, 8), (4, 8), (kv_heads, 8), (kv_heads, 8))
 
 
-def attention_on_rank(rank: int, world_size: int, ring_ranks: int, ulysses: int) -> list[tuple[Batch, list[Tensor]]]:
+def attention_on_rank(
+    rank: int, world_size: int, ring_ranks: int, ulysses: int, dtype: torch.dtype
+) -> list[tuple[Batch, list[Tensor]]]:
     """This rank's part of each row, with attention and the gradients of q, k and v for its tokens."""
     config = make_config({"context": {"ring": ring_ranks, "ulysses": ulysses}})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
@@ -52,9 +54,9 @@ def attention_on_rank(rank: int, world_size: int, ring_ranks: int, ulysses: int)
     for index in range(len(DOCUMENTS)):
         row, (grad, *whole) = inputs_of(index)
         part = own_part(row, mesh)
-        own = [x[part.tokens].requires_grad_() for x in whole]
+        own = [x[part.tokens].to(dtype).requires_grad_() for x in whole]
         out = attend(own[0], own[1], own[2], part.segments)
-        out.backward(grad[part.tokens])
+        out.backward(grad[part.tokens].to(dtype))
         results.append((part, [out.detach(), *(x.grad for x in own if x.grad is not None)]))
     return results
 
@@ -71,7 +73,7 @@ def each_document_alone(index: int) -> tuple[Batch, list[Tensor]]:
 
 @pytest.mark.parametrize(("ring_ranks", "ulysses"), LAYOUTS)
 def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int) -> None:
-    ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses)
+    ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses, torch.float64)
     for index in range(len(DOCUMENTS)):
         row, expected = each_document_alone(index)
         seen: list[int] = []
@@ -87,6 +89,18 @@ def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int) -
         assert sorted(seen) == list(range(ROW))
 
 
+def test_sixteen_bits() -> None:
+    """Errors of the rounding of inputs and of what is sent, and no more."""
+    ranks = run_ranks(4, attention_on_rank, 2, 2, torch.bfloat16)
+    for index in range(len(DOCUMENTS)):
+        _, expected = each_document_alone(index)
+        for results in ranks:
+            part, found = results[index]
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == torch.bfloat16
+                torch.testing.assert_close(ours.double(), theirs[part.tokens], rtol=3e-2, atol=6e-2)
+
+
 # (ranks, parallel, model)
 TRAINED: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2, "overlap": True}}, {"checkpoint": True}),
@@ -96,6 +110,7 @@ TRAINED: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (4, {"context": {"ring": 2, "ulysses": 2}, "zero1": {"size": 1}}, {"num_kv_attention_heads": 1}),
     (4, {"context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "msp"}}, {"checkpoint": 0.5}),
     (4, {"context": {"ring": 2}, "tensor": {"size": 2}}, {"num_kv_attention_heads": 2}),
+    (4, {"context": {"ring": 2}, "pipeline": {"size": 2, "schedule": "zbv"}}, {}),
 ]
 
 
