@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from internlm.apis.sampling import Sampling
+from internlm.apis.tokenizer import Tokenizer, open_tokenizer
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader, is_hf_folder, open_checkpoint
 from internlm.config.schema import ModelConfig
@@ -40,6 +41,16 @@ def open_model(folder: str | Path) -> HFReader | CheckpointReader:
 def model_config(reader: HFReader | CheckpointReader) -> ModelConfig:
     """The model section of an opened folder, `dtype` as it is stored."""
     return ModelConfig(**reader.config_model()) if isinstance(reader, HFReader) else reader.config.model
+
+
+def tokenizer_of(reader: HFReader | CheckpointReader, folder: str | Path) -> Tokenizer:
+    """The tokenizer of an opened folder: its own, or the one that the run was trained with. Raises UserError."""
+    if isinstance(reader, HFReader):
+        return open_tokenizer(folder)
+    path = reader.config.data.tokenizer_path
+    if not path:
+        raise UserError(f"{folder}: the run names no tokenizer (data.tokenizer_path); give the one of its data")
+    return open_tokenizer(path)
 
 
 def read_model(

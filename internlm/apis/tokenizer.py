@@ -7,11 +7,12 @@ tokenizer_config.json adds, and InternLM2's, whose released models name six of t
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from internlm.checkpoint.hf_tokenizer import fast_tokenizer
+from internlm.config.schema import ModelConfig
 from internlm.data.encoder import load_model
 from internlm.utils.errors import UserError
 
@@ -30,6 +31,8 @@ class Tokenizer(Protocol):
     """What chat needs of a tokenizer."""
 
     size: int  # ids are below it
+    bos_id: int | None  # what a text begins with; None where the model expects nothing
+    eos_id: int | None
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, special tokens in it as one id each, nothing added."""
@@ -55,10 +58,19 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         if not found:
             raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model; name the model's tokenizer")
         path = found[0]
-    added, silent = _settings(folder / "tokenizer_config.json")
+    added, ends = _settings(folder / "tokenizer_config.json")
     if path.suffix == ".json":
-        return _FastTokenizer(fast_tokenizer(path), silent)
+        return _FastTokenizer(fast_tokenizer(path), ends)
     return _SentencePiece(load_model(str(path)), added)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises UserError where a tokenizer has ids that the model doesn't."""
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {config.vocab_size}: "
+            "it is not the one that the model was trained with"
+        )
 
 
 class _SentencePiece:
@@ -74,7 +86,8 @@ class _SentencePiece:
         }
         self.special |= self.named
         self.names = {index: name for name, index in self.named.items()}
-        self.size = 1 + max(model.vocab_size() - 1, *self.special.values())
+        self.size = 1 + max([model.vocab_size() - 1, *self.special.values()])
+        self.bos_id, self.eos_id = (index if index >= 0 else None for index in (model.bos_id(), model.eos_id()))
         self.boundary = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
 
     def encode(self, text: str) -> list[int]:
@@ -103,10 +116,12 @@ class _SentencePiece:
 
 
 class _FastTokenizer:
-    def __init__(self, backend: Any, silent: Sequence[str]) -> None:
+    def __init__(self, backend: Any, ends: Mapping[str, str]) -> None:
         self.backend = backend
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self.silent = frozenset(backend.token_to_id(name) for name in silent)
+        self.silent = frozenset(backend.token_to_id(name) for name in ends.values())
+        self.bos_id = next(iter(backend.encode("").ids), None)  # what its post-processor adds
+        self.eos_id = backend.token_to_id(ends["eos"]) if "eos" in ends else None
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -118,15 +133,15 @@ class _FastTokenizer:
         return self.backend.token_to_id(token)
 
 
-def _settings(file: Path) -> tuple[dict[str, int], list[str]]:
-    """What tokenizer_config.json says: ids of tokens beyond the vocabulary file, and begin, end and padding tokens."""
+def _settings(file: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """What tokenizer_config.json says: ids of tokens beyond the vocabulary file, and its bos, eos and pad tokens."""
     if not file.is_file():
-        return {}, []
+        return {}, {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         added = {entry["content"]: int(index) for index, entry in settings.get("added_tokens_decoder", {}).items()}
-        ends = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad")]
-        return added, [token["content"] if isinstance(token, dict) else token for token in ends if token]
+        ends = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+        return added, {kind: t["content"] if isinstance(t, dict) else t for kind, t in ends.items() if t}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is not as expected ({error!r}); fetch it again") from error
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from internlm.apis.batching import Batcher
-from internlm.apis.generate import Progress, model_config, open_model, read_model
+from internlm.apis.generate import Progress, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.sampling import Sampling
-from internlm.apis.tokenizer import TextStream, Tokenizer, open_tokenizer
+from internlm.apis.tokenizer import TextStream, Tokenizer, check_tokenizer, open_tokenizer
 from internlm.apis.tool_calls import parse_tool_calls
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader
@@ -214,14 +214,10 @@ def load_chat(
     model was made for, at most 4096. Raises UserError, for all but damaged tensors before they are read.
     """
     reader = open_model(folder)
-    words = open_tokenizer(_tokenizer_path(reader, folder) if tokenizer is None else tokenizer)
+    words = tokenizer_of(reader, folder) if tokenizer is None else open_tokenizer(tokenizer)
     chat_template = _template(reader, folder) if template is None else find_template(template)
     config = model_config(reader)
-    if words.size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {words.size} ids, the model's vocab_size is {config.vocab_size}: "
-            "it is not the one that the model was trained with"
-        )
+    check_tokenizer(words, config)
     if max_length is not None and not 1 < max_length <= config.max_position_embeddings:
         raise UserError(f"max_length {max_length}: the model was made for 2 to {config.max_position_embeddings} tokens")
     model = read_model(reader, device, dtype, progress)
@@ -232,15 +228,6 @@ def load_chat(
         f"({batcher.cache_bytes / 1e6:.1f} MB of keys and values), chat template {chat_template.name}"
     )
     return ChatModel(batcher, words, chat_template, Path(folder).resolve().name)
-
-
-def _tokenizer_path(reader: HFReader | CheckpointReader, folder: str | Path) -> str | Path:
-    if isinstance(reader, HFReader):
-        return folder
-    path = reader.config.data.tokenizer_path
-    if not path:
-        raise UserError(f"{folder}: the run names no tokenizer (data.tokenizer_path); give the one of its data")
-    return path
 
 
 def _template(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:

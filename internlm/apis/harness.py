@@ -1,0 +1,224 @@
+"""A model of ours under EleutherAI's lm-evaluation-harness, for tools/evaluate.py.
+
+The only place that needs lm_eval (requirements/eval.txt). Texts become the ids that the harness's own `hf` model
+makes of an export, so that scores agree. Requests are packed into rows without padding; a row's logits are never held.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from internlm.apis.generate import stream
+from internlm.apis.sampling import Sampling
+from internlm.apis.tokenizer import TextStream, Tokenizer
+from internlm.model.batch import IGNORE_INDEX, Batch, Segments
+from internlm.model.transformer import Transformer
+from internlm.utils.errors import UserError
+
+MAX_NEW_TOKENS = 256  # where a task says nothing; as the harness has it
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text to score: `ids` are fed, the last `num_scored` of their followers count."""
+
+    ids: Sequence[int]  # with the last one, which is only predicted
+    num_scored: int
+
+
+class Scorer:
+    """Log-likelihoods and continuations of one model."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_length: int,
+        row_tokens: int = 4096,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        """`max_length`: tokens the model sees of a text, the last ones; `row_tokens`: of a packed row, about.
+
+        `stop_ids` end a generated text, beside the tokenizer's own end token.
+        """
+        self.model, self.tokenizer, self.max_length, self.row_tokens = model, tokenizer, max_length, row_tokens
+        self.stop_ids = {*stop_ids} | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
+
+    def score(self, texts: Sequence[Scored], description: str) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would have said it) of each text, longest first, packed."""
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
+        for row in track(list(self._rows(texts, order)), description=description):
+            for index, score in zip(row, self._score_row([texts[index] for index in row]), strict=True):
+                found[index] = score
+        return found
+
+    def _rows(self, texts: Sequence[Scored], order: Sequence[int]) -> Iterator[list[int]]:
+        row: list[int] = []
+        room = self.row_tokens
+        for index in order:
+            size = len(texts[index].ids) - 1
+            if row and size > room:
+                yield row
+                row, room = [], self.row_tokens
+            row.append(index)
+            room -= size
+        if row:
+            yield row
+
+    @torch.no_grad()
+    def _score_row(self, texts: Sequence[Scored]) -> list[tuple[float, bool]]:
+        lengths = [len(text.ids) - 1 for text in texts]
+        labels = [
+            [IGNORE_INDEX] * (length - text.num_scored) + list(text.ids[1 + length - text.num_scored :])
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+        batch = Batch(
+            torch.tensor([token for text in texts for token in text.ids[:-1]]),
+            torch.tensor([token for row in labels for token in row]),
+            torch.cat([torch.arange(length) for length in lengths]),
+            Segments.of(tuple(lengths)),
+            num_trained=sum(text.num_scored for text in texts),
+        )
+        output = self.model.loss(batch.to(self.model.embedding.weight.device))
+        ignored = (batch.labels == IGNORE_INDEX).to(output.correct.device)
+        losses = output.token_losses.double().split(lengths)
+        correct = (output.correct | ignored).split(lengths)
+        return [(-float(loss.sum()), bool(right.all())) for loss, right in zip(losses, correct, strict=True)]
+
+    def continuations(
+        self, prompts: Sequence[Sequence[int]], until: Sequence[str], sampling: Sampling, limit: int
+    ) -> list[str]:
+        """The text behind each prompt, up to the first of `until` or a stop id."""
+        streams = [TextStream(self.tokenizer, until) for _ in prompts]
+        texts = [""] * len(prompts)
+        for tokens in stream(self.model, prompts, limit, sampling, tuple(self.stop_ids)):
+            for index, token in enumerate(tokens):
+                if token is not None and token not in self.stop_ids:
+                    texts[index] += streams[index].add(token)
+            if all(row.stopped or token is None for row, token in zip(streams, tokens, strict=True)):
+                break
+        return [text + row.finish() for text, row in zip(texts, streams, strict=True)]
+
+
+def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
+    """The object that `lm_eval.simple_evaluate(model=...)` takes. Raises UserError where lm_eval is missing."""
+    lm_eval = _lm_eval()
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    tokenizer, max_length = scorer.tokenizer, scorer.max_length
+
+    class InternLM(TemplateLM):  # type: ignore[misc]
+        @property
+        def eot_token_id(self) -> int:
+            return _end(tokenizer)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return _end(tokenizer) if tokenizer.bos_id is None else tokenizer.bos_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            ids = tokenizer.encode(string)
+            begins = tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
+            return [tokenizer.bos_id, *ids] if begins and add_special_tokens is not False else ids  # type: ignore[list-item]
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
+            texts = []
+            for (_, continuation), before, ids in requests:
+                if not ids or len(ids) > max_length:
+                    raise UserError(f"{continuation[:40]!r}: {len(ids)} tokens to score, 1 to {max_length} can be")
+                texts.append(Scored([*before, *ids][-(max_length + 1) :], len(ids)))
+            return scorer.score(texts, "log-likelihoods")
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            texts, owners = [], []
+            for owner, request in enumerate(requests):
+                ids = self.tok_encode(request.args[0])  # begins as a text does, behind the prefix: as `hf` has it
+                windows = get_rolling_token_windows(ids, self.prefix_token_id, max_length, context_len=1)
+                for before, counted in map(make_disjoint_window, windows):
+                    texts.append(Scored([*before, *counted], len(counted)))
+                    owners.append(owner)
+            totals = [0.0] * len(requests)
+            for owner, (value, _) in zip(owners, scorer.score(texts, "rolling log-likelihoods"), strict=True):
+                totals[owner] += value
+            return totals
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            found = [""] * len(requests)
+            order = sorted(range(len(requests)), key=lambda index: repr(requests[index].args[1]))
+            groups = [list(group) for _, group in groupby(order, lambda index: repr(requests[index].args[1]))]
+            rows = [group[start : start + num_rows] for group in groups for start in range(0, len(group), num_rows)]
+            for row in track(rows, description="generation"):
+                settings = _Generation.of(requests[row[0]].args[1])
+                room = max_length - settings.limit
+                if room < 1:
+                    raise UserError(f"a task wants {settings.limit} new tokens, the length is {max_length}")
+                prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in row]
+                texts = scorer.continuations(prompts, settings.until, settings.sampling, settings.limit)
+                for index, text in zip(row, texts, strict=True):
+                    found[index] = text
+            return found
+
+    assert lm_eval is not None
+    return InternLM()
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """How a task wants its texts made."""
+
+    until: tuple[str, ...]
+    sampling: Sampling
+    limit: int
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> "_Generation":
+        until = given.get("until") or ()
+        limit = next((given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if key in given), None)
+        samples = given.get("do_sample", float(given.get("temperature") or 0) > 0)
+        return _Generation(
+            (until,) if isinstance(until, str) else tuple(until),
+            Sampling(float(given.get("temperature") or 1), top_p=float(given.get("top_p") or 1))
+            if samples
+            else Sampling(),
+            MAX_NEW_TOKENS if limit is None else int(limit),
+        )
+
+
+def run_tasks(scorer: Scorer, tasks: Sequence[str], include_path: str | None = None, **settings: Any) -> dict[str, Any]:
+    """The harness's results of `tasks`, which are its own or defined by YAML files in `include_path`.
+
+    `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit. Raises UserError.
+    """
+    lm_eval = _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    # The harness's own tasks are thousands of files, which take it many seconds to look at.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not include_path or not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=include_path)
+    unknown = sorted(name for name in tasks if not manager.match_tasks([name]))
+    if unknown:
+        raise UserError(f"tasks {', '.join(unknown)}: not known to lm_eval, nor in include_path {include_path}")
+    return lm_eval.simple_evaluate(
+        model=harness_model(scorer), tasks=list(tasks), task_manager=manager, log_samples=False, **settings
+    )
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UserError('evaluation needs lm-evaluation-harness: pip install "internlm[eval]"') from error
+    return lm_eval
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer names no end token (eos_token), which the harness asks for")
+    return tokenizer.eos_id

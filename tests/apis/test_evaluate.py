@@ -1,0 +1,109 @@
+"""Scores of a native model equal those of its export under the harness's own `hf` model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm.apis.generate import open_model, read_model, tokenizer_of
+from internlm.apis.harness import Scorer, harness_model
+from tests.apis.tiny_chat import ANSWERS, COUNT
+from tools.evaluate import main
+
+CHOICES = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+"""
+
+
+class Request:
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def ours(chat_folder: Path) -> Any:
+    reader = open_model(chat_folder.parent / "native")
+    scorer = Scorer(read_model(reader, "cpu"), tokenizer_of(reader, chat_folder), max_length=100, row_tokens=120)
+    return harness_model(scorer, num_rows=2)
+
+
+@pytest.fixture(scope="module")
+def theirs(chat_folder: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    # Without logits_cache: with it, a request that continues another one's context gets that one's score.
+    made = HFLM(str(chat_folder), device="cpu", dtype="float32", batch_size=1, max_length=100, logits_cache=False)
+    made.model.generation_config.eos_token_id = 2  # the checkpoint knows of no other end
+    return made
+
+
+def assert_scores_agree(found: Any, expected: Any) -> None:
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=2e-3, rel=1e-5)
+
+
+def test_loglikelihoods(ours: Any, theirs: Any) -> None:
+    start = "<|im_start|>user\ncount<|im_end|>\n<|im_start|>assistant\n"
+    pairs = [
+        (start, "1 2 3"),
+        (start + "1 2", " 3"),
+        ("1 2 ", "3"),
+        ("", "Hello"),
+        ("<s>Hello", ", I am"),
+        ("naïve 书", " 🦙"),
+        (ANSWERS[COUNT] * 2, " and more"),  # beyond max_length: the beginning is cut off
+    ]
+    requests = [Request(*pair) for pair in pairs]
+    found = ours.loglikelihood(requests)
+    assert_scores_agree(found, theirs.loglikelihood(requests))
+    assert [greedy for _, greedy in found][:2] == [True, True] and not all(greedy for _, greedy in found)
+
+
+def test_rolling_loglikelihoods(ours: Any, theirs: Any) -> None:
+    requests = [Request(text) for text in ("Hello, I am a tiny model.", ANSWERS[COUNT] * 3, "x")]
+    expected = theirs.loglikelihood_rolling(requests)
+    assert ours.loglikelihood_rolling(requests) == pytest.approx(expected, abs=2e-3, rel=1e-5)
+
+
+def test_generation(ours: Any, theirs: Any) -> None:
+    start = "<|im_start|>user\ncount<|im_end|>\n<|im_start|>assistant\n"
+    settings = [
+        {"until": ["\n"], "max_gen_toks": 12},
+        {"until": [" 7", " 5"], "max_gen_toks": 60},
+        {"until": [], "max_gen_toks": 8},
+    ]
+    requests = [Request(prompt, given) for given in settings for prompt in (start, start + "1 2 3", "Hello")]
+    assert ours.generate_until(requests) == theirs.generate_until(requests)
+
+
+def test_the_command(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task of one's own, on a checkpoint and on its export, against the harness by itself."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"q": f"{n} {n + 1}", "right": n % 2, "choices": [str(n + 5), str(n + 2)]} for n in range(1, 9)]
+    (tmp_path / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "next.yaml").write_text(
+        CHOICES.format(name="next_number", data=tmp_path / "next.jsonl", kind="multiple_choice")
+        + 'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
+    )
+    scores = []
+    for folder in (chat_folder, chat_folder.parent / "native"):
+        output = tmp_path / "scores.json"
+        command = [str(folder), "--tasks", "next_number", "--include_path", str(tmp_path), "--output", str(output)]
+        assert main([*command, "--device", "cpu"]) == 0
+        assert "next_number" in capsys.readouterr().out
+        scores.append(json.loads(output.read_text())["results"]["next_number"]["acc,none"])
+    hf = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(chat_folder), "dtype": "float32"},
+        tasks=["next_number"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+    )
+    assert scores == [hf["results"]["next_number"]["acc,none"]] * 2
+    assert 0 < scores[0] < 1

@@ -1,0 +1,97 @@
+"""Score a model on tasks of lm-evaluation-harness.
+
+    python tools/evaluate.py runs/demo --tasks mine --include_path tasks/
+    python tools/evaluate.py runs/demo/hf --tasks hellaswag,piqa --limit 200 --output scores.json
+
+The model is a run, a checkpoint, or a folder in Hugging Face format; it is read and computed by this framework. Tasks
+are names that lm_eval knows (it fetches their data) or those of YAML files in --include_path.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from internlm.apis.generate import model_config, open_model, read_model, tokenizer_of
+from internlm.apis.harness import Scorer, run_tasks
+from internlm.apis.tokenizer import check_tokenizer, open_tokenizer
+from internlm.checkpoint.hf import HFReader
+from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
+from internlm.utils.device import torch_dtype
+from internlm.utils.errors import UserError
+from internlm.utils.logger import setup_logging
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("path", help="a run, a checkpoint, or a folder in Hugging Face format")
+    add("--tasks", required=True, help="names, with commas between them")
+    add("--include_path", help="folder with YAML files of tasks of your own")
+    add("--num_fewshot", type=int, help="examples before each question; default: as the task says")
+    add("--limit", type=int, help="questions of each task; default: all")
+    add("--output", type=Path, help="write all results there as JSON")
+    add("--tokenizer", help="sentencepiece .model, tokenizer.json or Hugging Face folder; default: the model's own")
+    add("--device", help="such as cuda:1 or cpu; default: the GPU if there is one")
+    add("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    add("--max_length", type=int, help="tokens seen of a text; default: what the model was made for")
+    add("--row_tokens", type=int, default=4096, help="tokens computed at once (default %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def evaluate(given: argparse.Namespace) -> dict[str, Any]:
+    """The harness's results. Raises UserError."""
+    reader = open_model(given.path)
+    config = model_config(reader)
+    tokenizer = open_tokenizer(given.tokenizer) if given.tokenizer else tokenizer_of(reader, given.path)
+    check_tokenizer(tokenizer, config)
+    dtype = torch_dtype(f"torch.{given.dtype.removeprefix('torch.')}") if given.dtype else None
+    max_length = given.max_length or config.max_position_embeddings
+    stops = _stop_ids(given.path, config.vocab_size) if isinstance(reader, HFReader) else ()
+    scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
+    tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
+    return run_tasks(scorer, tasks, given.include_path, num_fewshot=given.num_fewshot, limit=given.limit)
+
+
+def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:
+    """The ends that a Hugging Face folder names: a chat model has more than its tokenizer's one."""
+    ids = look_at_tokenizer(folder, vocab_size).special_ids["eos_token_id"]
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def show(results: dict[str, Any]) -> None:
+    """The scores as a table."""
+    table = Table("task", "measure", "value", "standard error")
+    for task, scores in results["results"].items():
+        for name, value in scores.items():
+            measure, _, filtered = name.partition(",")
+            if isinstance(value, float) and not measure.endswith("_stderr"):
+                error = scores.get(f"{measure}_stderr,{filtered}")
+                table.add_row(task, measure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when all tasks are scored, 2 for a mistake that the user can mend."""
+    setup_logging(rank=0, world_size=1)
+    given = parse_arguments(arguments)
+    try:
+        results = evaluate(given)
+    except UserError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    show(results)
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
+        given.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
