@@ -126,7 +126,7 @@ def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
         f"/history\n/save {file}\n/clear\n/again\nweather?\n/exit\nnever read"
     )
     done = subprocess.run(
-        command, input=lines, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100
+        command, input=lines, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
     )
     shown = done.stdout
     assert done.returncode == 0, shown
