@@ -25,6 +25,7 @@ from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train import dry_run
 from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, start_logging, user_errors
+from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
         valid_loaders = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
 
-        trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders)
+        trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders, Routing(model, config))
         reports = trainer.steps()
         if args.profiling:
             reports = traced(reports, run_dir / "traces", world.rank)

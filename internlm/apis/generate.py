@@ -68,7 +68,7 @@ def read_model(
     with torch.device("meta"):
         model = Transformer(config, fp32_norm)
     model = model.to_empty(device=target).requires_grad_(False).eval()
-    parameters = list(model.named_parameters())
+    parameters = [*model.named_parameters(), *model.named_buffers()]
     for number, (name, parameter) in enumerate(parameters, 1):
         parameter.copy_(reader.read(name))
         if progress is not None:

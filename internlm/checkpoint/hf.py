@@ -224,6 +224,10 @@ class HFReader:
         """Keys of the model section that describe the folder's model, `dtype` as its config.json says."""
         return dict(self._section)
 
+    def holds(self, name: str) -> bool:
+        """Whether the layout has a place for the native tensor `name`."""
+        return name in self._entries
+
     def read(self, name: str) -> Tensor:
         """The native parameter `name` on the CPU, in the dtype it is stored in."""
         assert name in self._entries, f"{name} is no parameter of {self._section}"

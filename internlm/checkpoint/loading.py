@@ -213,7 +213,7 @@ class Loader:
         reader = HFReader(info.path, self.config.model)
         name, value = "", None
         for piece in self.optimizer.pieces():
-            if piece.kind != "param":
+            if piece.kind != "param" or not reader.holds(piece.name):  # a router's bias keeps its first value
                 continue
             if piece.name != name:
                 name, value = piece.name, reader.read(piece.name)

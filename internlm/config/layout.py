@@ -6,7 +6,7 @@ Every check yields one line a problem, as in checks.py: keys, values, the arithm
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from internlm.config.schema import V_SCHEDULES, Config, DataConfig, ParallelConfig
+from internlm.config.schema import V_SCHEDULES, Config, DataConfig, ModelConfig, ParallelConfig
 
 Problems = Iterator[str]
 
@@ -14,7 +14,7 @@ Problems = Iterator[str]
 def find_layout_problems(config: Config, world_size: int | None) -> list[str]:
     """All of them; those of the number of ranks only when it is given."""
     found = [problem for one in LAYOUT_CHECKS for problem in one(config)]
-    return found + list(world(config, world_size)) + list(zero_sizes(config, world_size))
+    return found + [problem for one in WORLD_CHECKS for problem in one(config, world_size)]
 
 
 def divisors(number: int) -> str:
@@ -45,7 +45,7 @@ def tensor(config: Config) -> Problems:
         return
     for what, number, unit in (
         ("model.num_kv_attention_heads", model.num_kv_heads, "each rank computes whole key/value heads"),
-        ("model.intermediate_size", model.ffn_size, "each rank computes as many feed-forward columns"),
+        (*_cut_columns(model), "each rank computes as many feed-forward columns"),
         ("model.vocab_size", model.vocab_size, "each rank holds as many rows of embedding and head"),
     ):
         if number % ranks:
@@ -155,10 +155,31 @@ def _micro_nums(data: DataConfig) -> list[int]:
     return sorted(ramp | {data.micro_num})
 
 
-def unavailable(config: Config) -> Problems:
-    parallel = config.parallel
-    if parallel.expert.size > 1:
-        yield f"parallel.expert.size = {parallel.expert.size}: expert parallel is not available yet; set 1"
+def _cut_columns(model: ModelConfig) -> tuple[str, int]:
+    """The width that tensor ranks cut: routed experts stay whole, shared ones don't."""
+    if model.num_experts == 1:
+        return "model.intermediate_size", model.ffn_size
+    return "width of shared experts", model.expert_size * model.moe.num_shared_experts
+
+
+def expert(config: Config) -> Problems:
+    """Experts are dealt out in equal parts, among the ranks of a stage."""
+    parallel, model = config.parallel, config.model
+    ranks, key = parallel.expert.size, "parallel.expert.size"
+    if model.num_experts == 1:
+        if ranks > 1:
+            yield f"{key} = {ranks}, but model.num_experts = 1 has none to deal out; set it to 1"
+        return
+    if ranks > 0 and model.num_experts % ranks:
+        what = not_divided("model.num_experts", model.num_experts, key, ranks)
+        yield f"{what}; each rank holds as many. Set {key} to one of {divisors(model.num_experts)}"
+    tensor, tokens = parallel.axis_sizes["tensor"], config.data.seq_len * config.data.micro_bsz
+    tokens //= _parts_of_a_row(parallel)
+    if parallel.tensor.mode == "mtp" and tensor > 1 and tokens % tensor:
+        yield (
+            f"{not_divided('tokens of a row on one rank', tokens, 'parallel.tensor.size', tensor)}; tensor ranks deal "
+            "them out before experts compute them: change data.seq_len"
+        )
 
 
 def _parts_of_a_row(parallel: ParallelConfig) -> int:
@@ -182,6 +203,19 @@ def world(config: Config, world_size: int | None) -> Problems:
         f"{world_size} ranks do not divide by {_axes_text(parallel)} = {needed} of `parallel` ({world_size} {rest}); "
         f"start a multiple of {needed} ranks, or lower a size"
     )
+
+
+def expert_world(config: Config, world_size: int | None) -> Problems:
+    """Stages and groups of ranks that hold all experts must fit into the ranks that there are."""
+    stages, ranks = config.parallel.pipeline.size, config.parallel.expert.size
+    if world_size is None or stages < 1 or ranks < 1 or world_size % stages:
+        return
+    in_stage = world_size // stages
+    if in_stage % ranks:
+        what = not_divided(
+            f"ranks of a stage ({world_size} / pipeline {stages})", in_stage, "parallel.expert.size", ranks
+        )
+        yield f"{what}; they hold all experts as many times over. Set it to one of {divisors(in_stage)}"
 
 
 def zero_sizes(config: Config, world_size: int | None) -> Problems:
@@ -222,5 +256,6 @@ LAYOUT_CHECKS: tuple[Callable[[Config], Problems], ...] = (
     context,
     chunks,
     pipeline_batches,
-    unavailable,
+    expert,
 )
+WORLD_CHECKS: tuple[Callable[[Config, int | None], Problems], ...] = (world, expert_world, zero_sizes)

@@ -127,3 +127,13 @@ def add_other_end_(buffer: Tensor, group: Group) -> None:
     for work in dist.batch_isend_irecv(transfers):
         work.wait()
     buffer.add_(theirs)
+
+
+def all_to_all(x: Tensor, group: Group, sends: list[int] | None = None, receives: list[int] | None = None) -> Tensor:
+    """Rows of x [n, ...] to other ranks, `sends[r]` of them to rank r in order; returns what came, by rank of origin.
+
+    Equal parts where nothing else is said.
+    """
+    received = x.new_empty(x.shape[0] if receives is None else sum(receives), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), receives, sends, group=group)
+    return received

@@ -54,8 +54,8 @@ class RowPart:
         """The tokens that this rank routes, of those that it has."""
         return x
 
-    def leave(self, y: Tensor) -> Tensor:
-        """Undoes `enter` for the outputs."""
+    def leave(self, y: Tensor, num_tokens: int) -> Tensor:
+        """The outputs for all `num_tokens` tokens that this rank has."""
         return y
 
     def sum(self, counts: Tensor) -> Tensor:
@@ -80,7 +80,11 @@ class Ledger:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.loss_weights = (0.0, 0.0)  # of balance and z, of each row
-        self.sums: Tensor | None = None  # fp64 [experts + 3]: load, balance, z, dropped
+        self.sums: Tensor | None = None  # fp64 [experts + 3]: load, balance, z, dropped; None: nothing was noted
+
+    def begin_step(self, balance: float, z: float) -> None:
+        """Forgets the last step. The losses of each row are multiplied by these weights."""
+        self.loss_weights, self.sums = (balance, z), None
 
     def add(self, facts: Tensor) -> None:
         self.sums = facts.double() if self.sums is None else self.sums + facts
@@ -142,6 +146,12 @@ class Router(nn.Module):
         z = logits.logsumexp(-1).square().sum() / row_tokens
         dropped = torch.zeros_like(balance) if kept is None else (~kept).sum()
         return torch.cat((load.to(z.dtype), torch.stack((balance, z, dropped.to(z.dtype)))))
+
+    @torch.no_grad()
+    def move_bias(self, loads: Tensor, ok: Tensor) -> None:
+        """After a step (`ok` bool []: it was made): experts with more than their share, a load above 1, lose."""
+        if self.bias is not None:
+            self.bias += self.config.bias_rate * (1 - loads).sign() * ok
 
     def note(self, y: Tensor, facts: Tensor | None) -> Tensor:
         """y itself; in its backward the losses join the objective, and the ledger takes note."""
@@ -211,7 +221,7 @@ class MoE(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]."""
         own = self.row.enter(x)
         routes, facts = self.router(own, self.row)
-        routed = self.row.leave(self.router.note(self._compute(own, routes), facts))
+        routed = self.row.leave(self.router.note(self._compute(own, routes), facts), len(x))
         if self.shared is None:
             return routed
         shared = self.shared(x)
@@ -228,7 +238,7 @@ class MoE(nn.Module):
         num_rows = len(order) if routes.kept is None else int(counts.sum())
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = _Spread.apply(x, order[:num_rows], places, top_k)
-        outputs = _Collect.apply(self.experts(rows, counts), order[:num_rows], places)  # [tokens * top_k, hidden]
+        outputs = permuted(self.experts(rows, counts), places, order[:num_rows])  # [tokens * top_k, hidden]
         weighted = outputs.unflatten(0, (-1, top_k)) * routes.weights.to(outputs.dtype)[..., None]
         return weighted.sum(1)
 
@@ -255,18 +265,21 @@ class _Spread(torch.autograd.Function):
         return _rows_at(grad, places).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Rows in order of their expert to assignments [tokens * top_k, hidden], zeros for those that were dropped."""
+def permuted(rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+    """rows[places], differentiable, where rows = result[inverse]; zeros for places behind the last row."""
+    return _Permute.apply(rows, places, inverse)
 
+
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
         return _rows_at(rows, places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad[order], None, None
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
 
 
 def _rows_at(rows: Tensor, places: Tensor) -> Tensor:

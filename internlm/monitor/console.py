@@ -94,6 +94,8 @@ def step_line(report: StepReport, seconds_left: float) -> str:
         "memory": f"{report.memory / 2**30:.2f}GiB",
         "eta": duration(seconds_left),
     }
+    if report.experts is not None:
+        values |= {"moe_loss": f"{report.experts.balance_loss:.4g}", "load/max": f"{report.experts.largest:.3f}"}
     values |= {f"loss/{name}": f"{metrics.loss:.4f}" for name, metrics in report.types.items()}
     return " ".join(f"{key}={value}" for key, value in values.items())
 

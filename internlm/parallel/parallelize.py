@@ -10,6 +10,7 @@ from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 from internlm.model.transformer import Transformer
+from internlm.parallel.expert import cut_experts
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.sequence import cut_sequences
 from internlm.parallel.split import pipeline_layout
@@ -25,7 +26,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     """
     set_matmul_precision(config.model.dtype)
     copied = cut_stages(model, config, mesh)
-    placements = cut_tensors(model, config, mesh)
+    placements = {**cut_tensors(model, config, mesh), **cut_experts(model, config, mesh)}
     for name in copied:
         placement = placements.get(name) or whole(tuple(model.get_parameter(name).shape))
         placements[name] = replace(placement, at_both_ends=True)

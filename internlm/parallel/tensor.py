@@ -37,12 +37,12 @@ CUTS: tuple[tuple[str, int], ...] = (
     (r"embedding\.weight", 0),  # [vocab, hidden]
     (r"layers\.\d+\.attention\.wqkv\.(weight|bias)", 0),  # [kv_heads, q_per_kv + 2, head_dim, hidden]: by kv head
     (r"layers\.\d+\.attention\.wo\.weight", 1),  # [hidden, heads * head_dim]
-    (r"layers\.\d+\.feed_forward\.w13\.weight", 1),  # [2, ffn, hidden]
-    (r"layers\.\d+\.feed_forward\.w2\.weight", 1),  # [hidden, ffn]
+    (r"layers\.\d+\.feed_forward\.(shared\.)?w13\.weight", 1),  # [2, ffn, hidden]
+    (r"layers\.\d+\.feed_forward\.(shared\.)?w2\.weight", 1),  # [hidden, ffn]
     (r"head\.weight", 0),  # [vocab, hidden]
 )
-# Not cut, but used by each rank for its own heads: gradients are parts of a sum in every mode.
-PARTIAL = r"layers\.\d+\.attention\.[qk]_norm\.weight"
+# Not cut, but used by each rank for its own heads or its own tokens: gradients are parts of a sum in every mode.
+PARTIAL = r"layers\.\d+\.(attention\.[qk]_norm|feed_forward\.router)\.weight"
 
 
 def cut_tensors(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:

@@ -44,7 +44,8 @@ from internlm.ops.adamw import adam_scalars, adamw_
 from internlm.solver.buckets import Kind, Slot, UnitLayout, plan_units
 from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
-from internlm.solver.pieces import Piece, joined, pieces_of
+from internlm.solver.materialise import materialise_buffers, materialise_parameter
+from internlm.solver.pieces import Piece, joined, pieces_of, pieces_of_buffers
 from internlm.solver.unit import Unit
 from internlm.utils.device import torch_dtype
 from internlm.utils.logger import get_logger
@@ -101,12 +102,13 @@ class HybridZero:
         tied = config.model.tie_word_embeddings
         layouts = plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
+        self.buffers = materialise_buffers(model, value_of, mesh.device)
         self._install_hooks(model)
         logger.info("hybrid zero over %s: %s", dict(mesh.dense.sizes), _in_gib(self.memory()))
 
     def _build_unit(self, model: nn.Module, layout: UnitLayout, zero: HybridZeroConfig, value_of: ValueOf) -> Unit:
         mesh = self.mesh
-        parameters = {slot.name: _materialise(model, slot.name, mesh.device) for slot in layout.slots}
+        parameters = {slot.name: materialise_parameter(model, slot.name, mesh.device) for slot in layout.slots}
         unit = Unit(
             layout,
             parameters,
@@ -352,9 +354,10 @@ class HybridZero:
         return [slot.name for unit in self.units for slot in unit.layout.slots]
 
     def pieces(self) -> list[Piece]:
-        """What this rank updates, as boxes of global tensors."""
+        """What this rank updates, and the model's buffers, as boxes of global tensors."""
         self.wait()
-        return [piece for unit in self.units for slot in unit.layout.slots for piece in pieces_of(unit, slot)]
+        updated = [piece for unit in self.units for slot in unit.layout.slots for piece in pieces_of(unit, slot)]
+        return [*updated, *pieces_of_buffers(self.buffers, self.mesh)]
 
     def loaded(self, kinds: Iterable[str]) -> None:
         """To be called after pieces were written: makes masters and parameters of all ranks agree. Collective."""
@@ -398,16 +401,6 @@ def _weakly_on_grad(engine: "weakref.ref[HybridZero]", index: int, slot: Slot, p
     alive = engine()
     if alive is not None:
         alive._on_grad(alive.units[index], slot, parameter)
-
-
-def _materialise(model: nn.Module, name: str, device: torch.device) -> nn.Parameter:
-    """Replaces a parameter on the meta device by an empty one, to become a view of its unit's buffer."""
-    module_name, _, attribute = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    old = getattr(module, attribute)
-    new = nn.Parameter(torch.empty(0, dtype=old.dtype, device=device), requires_grad=old.requires_grad)
-    setattr(module, attribute, new)
-    return new
 
 
 def _no_trace(event: str, unit: str) -> None:

@@ -1,6 +1,6 @@
 """Pieces: what a rank updates, as boxes of global tensors, so that a checkpoint doesn't depend on the layout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internlm.core.collectives import all_gather_into
-from internlm.core.mesh import Mesh
+from internlm.core.mesh import MODEL_AXES, Mesh
 from internlm.core.placement import Box, Placement, box_shape, boxes_of_interval, shifted
 from internlm.solver.buckets import Slot
 from internlm.solver.unit import Unit
@@ -54,6 +54,15 @@ def joined(placement: Placement, part: Tensor, mesh: Mesh) -> Tensor:
     parts = part.new_empty(group.size() * part.numel())
     all_gather_into(parts, part.flatten(), group)
     return torch.cat([chunk.view_as(part) for chunk in parts.chunk(group.size())], dim)
+
+
+def pieces_of_buffers(buffers: Mapping[str, Tensor], mesh: Mesh) -> Iterator[Piece]:
+    """One whole piece for each buffer of the model; the first rank of a stage saves them."""
+    owner = not any(mesh.coordinates[axis] for axis in MODEL_AXES if axis != "pipeline")
+    for name, buffer in buffers.items():
+        shape = tuple(buffer.shape)
+        whole = tuple((0, size) for size in shape)
+        yield Piece(name, "param", shape, whole, owner, partial(_identity, buffer), partial(_copy_to, buffer))
 
 
 def _read_master(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from math import prod
 
 from internlm.config.schema import Config, Section
 from internlm.core.mesh import sharing_ranks, zero_sizes
+from internlm.model.flops import num_active_parameters
 from internlm.model.transformer import build_model
 from internlm.train.memory import Memory, memory_per_rank
 
@@ -19,13 +20,19 @@ def report(config: Config, world_size: int) -> str:
             "resolved config",
             *_config_lines(config),
             "",
-            f"model: {config.model_type}, {num_parameters:,} parameters ({num_parameters / 1e9:.3g} G)",
+            f"model: {config.model_type}, {num_parameters:,} parameters ({num_parameters / 1e9:.3g} G)"
+            + _active(config),
             *_batch_lines(config, world_size),
             "",
             *_memory_lines(config, world_size, num_parameters),
             "",
         ]
     )
+
+
+def _active(config: Config) -> str:
+    active = num_active_parameters(config.model)
+    return f", {active:,} ({active / 1e9:.3g} G) active for a token" if config.model.num_experts > 1 else ""
 
 
 def _config_lines(section: Section, prefix: str = "  ") -> Iterator[str]:

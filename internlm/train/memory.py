@@ -103,17 +103,30 @@ def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> f
     """Bytes that autograd keeps of one token of a row in one block that is not recomputed, on one of `tensor` ranks."""
     item = torch_dtype(model.dtype).itemsize
     residual = 4 if model.residual_in_fp32 else item
-    hidden, ffn = model.hidden_size, model.ffn_size
+    hidden = model.hidden_size
+    ffn = model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
     streams = 2 * hidden * residual  # inputs of both norms
-    normed = 2 * hidden * item  # inputs of wqkv and w13
+    normed = (2 if ffn else 1) * hidden * item  # inputs of wqkv and w13
     attention = (query + key_value // 2) * item  # rotated queries and keys
     attention += (query + key_value) * item  # wqkv's output, which the values are a view of
     attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
     feed_forward = 3 * ffn * item  # gate, up and their product
     outside = streams / (1 if mode == "mtp" else tensor) + normed / (tensor if mode == "fsp" else 1)
-    return outside + (attention + feed_forward) / tensor
+    return outside + (attention + feed_forward + _routed_per_token(model, item)) / tensor
+
+
+def _routed_per_token(model: ModelConfig, item: int) -> int:
+    """What autograd keeps of a token that goes to experts; each is routed on one of the tensor ranks."""
+    if model.num_experts == 1:
+        return 0
+    hidden, top_k = model.hidden_size, model.moe.top_k
+    router = 2 * model.num_experts * 4  # logits and scores
+    if not model.moe.num_shared_experts or item < 4:
+        router += hidden * (4 if model.moe.router_fp32 else item)  # its input, unless shared experts keep the same
+    choices = top_k * (3 * 8 + 3 * 4)  # experts and places, weights
+    return router + choices + top_k * (2 * hidden + 3 * model.expert_size) * item  # rows in and out, gate, up, product
 
 
 def _activations(config: Config, mesh: Mesh, num_blocks: int) -> int:

@@ -13,6 +13,7 @@ from internlm.data.loader import StepBatch
 from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.model.flops import model_flops
 from internlm.ops.cross_entropy import LossOutput
+from internlm.train.routing import ExpertLoad
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class StepSums:
             self._types.index_add_(1, batch.type_ids, per_token)
 
     def reduce(self, mesh: Mesh, *more: Tensor) -> tuple[StepTotals, list[float]]:
-        """Sums over the data ranks, and the scalars `more` as they are, in the one transfer to the host of a step."""
+        """Sums over the data ranks, and the values of `more` as they are, in the one transfer to the host of a step."""
         packed = torch.cat((self._all, self._types.flatten()))
         sum_over_tokens_(packed, mesh)
-        values = torch.cat((packed, *(scalar.detach().double().reshape(1) for scalar in more))).tolist()
+        values = torch.cat((packed, *(value.detach().double().flatten() for value in more))).tolist()
         size = len(self.type_names)
         rows = (values[3 + row * size : 3 + (row + 1) * size] for row in range(3))
         types = {name: TypeMetrics(*sums) for name, *sums in zip(self.type_names, *rows, strict=True)}
@@ -179,15 +180,17 @@ class StepReport:
     fwd_bwd_time: float = 0.0  # seconds
     memory: int = 0  # peak bytes on this rank's device
     types: dict[str, TypeMetrics] = field(default_factory=dict)
+    experts: ExpertLoad | None = None
     validation: tuple[ValidReport, ...] = ()
 
     def scalars(self) -> dict[str, float]:
         """All numbers, flat: types as loss/NAME, acc/NAME, tokens/NAME, validation as val/NAME_loss, _acc, _plex."""
-        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("types", "validation")}
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("types", "experts", "validation")}
         for name, metrics in self.types.items():
             flat[f"loss/{name}"] = metrics.loss
             flat[f"acc/{name}"] = metrics.accuracy
             flat[f"tokens/{name}"] = int(metrics.tokens)
+        flat |= {} if self.experts is None else self.experts.scalars()
         for valid in self.validation:
             flat[f"val/{valid.name}_loss"] = valid.loss
             flat[f"val/{valid.name}_acc"] = valid.accuracy

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.data.loader import StepBatch, TrainLoader, ValidLoader
@@ -12,6 +14,7 @@ from internlm.solver.hybrid_zero import HybridZero, StepResult
 from internlm.solver.schedules import beta2_at, lr_at
 from internlm.train.evaluate import evaluate
 from internlm.train.metrics import BatchCounts, StepReport, StepSums, ValidReport, count_batch, perplexity
+from internlm.train.routing import Routing, load_of
 from internlm.train.state import TrainState
 from internlm.utils.device import memory_allocated, peak_flops, torch_dtype
 from internlm.utils.logger import common_warning, get_logger
@@ -36,9 +39,12 @@ class Trainer:
         config: Config,
         mesh: Mesh,
         valid_loaders: Mapping[str, ValidLoader],
+        routing: Routing | None = None,
     ) -> None:
+        assert routing is not None or config.model.num_experts == 1, "routers are told the weight of their losses"
         self.schedule, self.optimizer, self.state, self.config, self.mesh = schedule, optimizer, state, config, mesh
         self.train_loader, self.valid_loaders = train_loader, valid_loaders
+        self.routing = routing
         self.peak_flops = peak_flops(mesh.device, torch_dtype(config.model.dtype))
         self._fwd_bwd = DeviceTimer(mesh.device)
 
@@ -87,7 +93,8 @@ class Trainer:
         loss_scale = self.optimizer.loss_scale
         sums = self._forward_backward(batch, counts, loss_scale)
         result: StepResult = self.optimizer.step(lr, beta2)
-        totals, (grad_norm, ok) = sums.reduce(self.mesh, result.grad_norm, result.ok)
+        routed = self._end_routing(batch, result.ok)
+        totals, (grad_norm, ok, *experts) = sums.reduce(self.mesh, result.grad_norm, result.ok, *routed)
         seconds = timer.seconds
         self._advance(counts, bool(ok), grad_norm, batch.index)
         flops = counts.flops
@@ -119,16 +126,28 @@ class Trainer:
             fwd_bwd_time=self._fwd_bwd.seconds,
             memory=memory_allocated(self.mesh.device),
             types=totals.types,
+            experts=load_of(experts),
         )
 
     def _forward_backward(self, batch: StepBatch, counts: BatchCounts, loss_scale: float) -> StepSums:
         """Accumulate the gradients of all micro batches; the engine sums them over the data ranks."""
         sums = StepSums(self.train_loader.type_names, self.mesh.device)
         rows = batch.micro_batches
+        if self.routing is not None:
+            self.routing.begin_step(loss_scale / self._num_rows(batch))
         self._fwd_bwd.start()
         self.schedule.train(rows, [self._weight(row, counts, len(rows)) * loss_scale for row in rows], sums.add)
         self._fwd_bwd.stop()
         return sums
+
+    def _num_rows(self, batch: StepBatch) -> int:
+        """Rows of the step on all data ranks."""
+        return len(batch.micro_batches) * self.mesh.dp_size
+
+    def _end_routing(self, batch: StepBatch, ok: Tensor) -> list[Tensor]:
+        if self.routing is None or not self.routing.active:
+            return []
+        return [self.routing.end_step(self.mesh, self._num_rows(batch), ok)]
 
     def _weight(self, row: Batch, counts: BatchCounts, num_micro: int) -> float:
         """By which a micro batch's summed loss is multiplied, so that the ranks' sum is the step's mean."""

@@ -21,6 +21,7 @@ SIZES = {
     "0.6B_qwen3": 0.596,
     "1.8B_internlm2": 1.889,
     "20B_sft": 20.09,
+    "30B_qwen3_moe": 30.53,
     "7B_internlm2": 7.738,
     "7B_isp_256k": 7.738,
     "7B_llama2": 6.738,

@@ -66,7 +66,17 @@ def test_equal_to_what_the_engine_allocates(small):
     assert {name: getattr(memory, name) for name in allocated} == allocated
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": 2}, {"mlp_ratio": 1.0}, {"residual_in_fp32": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_attention_heads": 2},
+        {"mlp_ratio": 1.0},
+        {"residual_in_fp32": True},
+        {"num_experts": 4},
+        {"num_experts": 8, "moe": {"top_k": 3, "intermediate_size": 64, "num_shared_experts": 2}},
+    ],
+)
 def test_saved_activations_against_autograd(changes):
     """Two models that differ by one block, run under a hook that sees every tensor autograd keeps."""
     saved = []
@@ -111,6 +121,25 @@ def test_the_report():
     assert "(p, g, os) = (1, 1, 8): ZeRO-1" in text
     assert "14.00  before sharding" in text
     assert max(map(len, text.splitlines())) < 140
+
+
+def test_total_and_active_parameters_of_experts():
+    mixtral = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_kv_attention_heads": 8}
+    model = {**mixtral, "num_layers": 32, "vocab_size": 32000}
+    config = load_config({**sized(), "model_type": "MIXTRAL", "model": model})
+    text = report(config, 1)
+    assert "46,702,792,704 parameters (46.7 G), 12,879,925,248 (12.9 G) active" in text  # as Mixtral-8x7B's card says
+
+
+def test_experts_of_a_rank():
+    """Dealt out to 4 ranks of 8, the two holders of the same ones share their optimizer states."""
+    config = load_config(sized(num_experts=8), ["parallel.expert.size=4"])
+    memory, number = memory_per_rank(config, 8), count(config)
+    experts = sum(p.numel() for name, p in Transformer(config.model).named_parameters() if ".experts." in name)
+    router = 2 * 8 * 256 * 4
+    expected = (number - experts) * 2 + experts * 2 / 4
+    assert memory.parameters == pytest.approx(expected + router / 2, rel=1e-3)
+    assert memory.moments == pytest.approx((number - experts) * 8 / 8 + experts * 8 / 8, rel=1e-2)
 
 
 def test_seven_billion_parameters_take_no_memory_to_count():

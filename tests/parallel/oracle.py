@@ -18,6 +18,7 @@ from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 from tests.pool import run_ranks
@@ -88,6 +89,7 @@ class Run:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    routing: list[dict[str, float]] = field(default_factory=list)  # losses and loads of experts, where there are any
     parameters: dict[str, Tensor] = field(default_factory=dict)  # global ones, of which this rank holds a part
 
 
@@ -104,7 +106,7 @@ def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[in
         for step in steps
     ]
     loader: Any = ListLoader(batches)
-    return Trainer(schedule, engine, loader, TrainState(), config, mesh, {})
+    return Trainer(schedule, engine, loader, TrainState(), config, mesh, {}, Routing(model, config))
 
 
 def train(rank: int, world_size: int, config: Config) -> Run:
@@ -114,8 +116,10 @@ def train(rank: int, world_size: int, config: Config) -> Run:
     for report in trainer.steps():
         run.losses.append(report.loss)
         run.norms.append(report.grad_norm)
+        run.routing.append({} if report.experts is None else report.experts.scalars())
     engine = trainer.optimizer
     run.parameters = {name: engine.full_parameter(name) for name in engine.parameter_names()}
+    run.parameters |= {name: buffer.clone() for name, buffer in engine.buffers.items()}
     return run
 
 
@@ -139,6 +143,9 @@ def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
         for what, found, wanted in (("loss", run.losses, expected.losses), ("norm", run.norms, expected.norms)):
             for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
                 assert abs(a - b) <= RELATIVE * abs(b), (parallel, rank, what, step, a, b)
+        for step, (found_load, wanted_load) in enumerate(zip(run.routing, expected.routing, strict=True)):
+            for what, number in wanted_load.items():
+                assert abs(found_load[what] - number) <= RELATIVE * abs(number), (parallel, rank, what, step)
         for name, value in run.parameters.items():
             wanted_value = expected.parameters[name]
             assert value.shape == wanted_value.shape, (parallel, rank, name)

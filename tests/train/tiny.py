@@ -19,6 +19,7 @@ from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 
@@ -109,7 +110,7 @@ def make_trainer(
     engine = HybridZero(model, config, mesh, value_of or initial, placements)
     loader: Any = ListLoader(batches, list(type_names))
     schedule = build_schedule(model, engine, config, mesh)
-    return Trainer(schedule, engine, loader, TrainState(), config, mesh, valid_loaders or {})
+    return Trainer(schedule, engine, loader, TrainState(), config, mesh, valid_loaders or {}, Routing(model, config))
 
 
 def parameters_of(trainer: Trainer) -> dict[str, Tensor]:

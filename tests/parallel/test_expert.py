@@ -1,0 +1,161 @@
+"""Experts on several ranks train as on one: any mesh, dropless and with a capacity, with every kind of balancing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm.apis.generate import load_model
+from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.config.checks import ConfigError
+from internlm.config.loader import load_config
+from internlm.config.schema import Config
+from tests.parallel.oracle import STEPS, build_trainer, compare, make_config
+from tests.pool import run_ranks
+
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_layers": 2}
+DROPLESS = {**EXPERTS, "moe": {"top_k": 2}}
+CAPACITY = {**EXPERTS, "moe": {"top_k": 2, "capacity_factor": 0.75, "min_capacity": 1, "balance_over": "first"}}
+SHARED = {
+    **EXPERTS,
+    "moe": {"top_k": 3, "score": "sigmoid", "num_shared_experts": 1, "mix_shared": True, "intermediate_size": 24},
+}
+BIASED = {**EXPERTS, "moe": {"top_k": 2, "bias_rate": 0.01}}
+LOSSES = {"moe_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01}
+
+
+def agree(ranks: int, parallel: dict[str, Any], model: dict[str, Any], **sections: Any) -> None:
+    compare(ranks, parallel, model=model, loss=LOSSES, **sections)
+
+
+@pytest.mark.parametrize("model", [DROPLESS, CAPACITY, SHARED], ids=["dropless", "capacity", "shared"])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, {}),
+        (2, {"expert": {"size": 2}}),
+        (4, {"expert": {"size": 4}}),
+        (4, {"expert": {"size": 2}, "zero1": {"size": 2}}),
+        (4, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}}),
+        (4, {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "msp"}}),
+        (4, {"expert": {"size": 4}, "context": {"ring": 2}}),
+        (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}),
+    ],
+    ids=str,
+)
+def test_expert_ranks(ranks: int, parallel: dict[str, Any], model: dict[str, Any]) -> None:
+    agree(ranks, parallel, model)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"zero1": {"size": 1}},
+        {"zero1": {"size": 4}, "gradient": {"size": 2}},
+        {"weight": {"size": 2}, "gradient": {"size": 2}, "zero1": {"size": 4}},
+        {"weight": {"size": 4}, "gradient": {"size": 4}, "zero1": {"size": 4}},
+    ],
+    ids=str,
+)
+def test_hybrid_zero_shares_experts_over_their_own_replicas(zero: dict[str, Any]) -> None:
+    agree(4, {"expert": {"size": 2}, **zero}, BIASED)
+
+
+def test_eight_ranks() -> None:
+    """Parts of the experts lie across data and tensor ranks."""
+    agree(8, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "fsp"}, "weight": {"size": 2}}, CAPACITY)
+
+
+@pytest.mark.parametrize("model", [CAPACITY, BIASED], ids=["capacity", "biased"])
+def test_recomputed_blocks_choose_the_same_experts(model: dict[str, Any]) -> None:
+    agree(2, {"expert": {"size": 2}}, {**model, "checkpoint": True})
+
+
+def routed(rank: int, world_size: int, config: Config) -> tuple[list[int], list[int]]:
+    """Bytes of expert parameters and of others that this rank keeps."""
+    engine = build_trainer(rank, world_size, config, range(0)).optimizer
+    of_experts = [unit for unit in engine.units if unit.layout.kind == "expert"]
+    others = [unit for unit in engine.units if unit.layout.kind != "expert"]
+    return [unit.shard.numel() for unit in of_experts], [unit.owned.numel() for unit in others]
+
+
+def test_experts_are_dealt_out_and_cut_by_their_own_chain() -> None:
+    """8 experts on 2 expert ranks, of which two pairs share: 4 a rank, cut in halves by weight.size=4 as gcd(4, 2)."""
+    weights = 8 * 3 * 32 * 48
+    sizes = {"expert": {"size": 2}, "weight": {"size": 4}, "gradient": {"size": 4}, "zero1": {"size": 4}}
+    for experts, _ in run_ranks(4, routed, make_config(sizes, model=DROPLESS)):
+        assert experts == [weights // 2 // 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "expected"),
+    [
+        (["parallel.expert.size=3"], 6, "model.num_experts = 8 does not divide by parallel.expert.size = 3 (8 = 2 * 3"),
+        (
+            ["parallel.expert.size=4"],
+            6,
+            "ranks of a stage (6 / pipeline 1) = 6 does not divide by parallel.expert.size",
+        ),
+        (["parallel.expert.size=0"], 2, "parallel.expert.size = 0: expected a number of ranks"),
+        (["parallel.expert.size=2", "model.num_experts=1"], 2, "model.num_experts = 1 has none to deal out"),
+        (["model.moe.top_k=9"], 1, "model.moe.top_k = 9 exceeds model.num_experts = 8"),
+        (["model.moe.mix_shared=True"], 1, "model.moe.num_shared_experts = 0; set it to 1"),
+        (["parallel.tensor.size=2", "data.seq_len=31"], 2, "tokens of a row on one rank = 31 does not divide by"),
+        (
+            ["parallel.tensor.size=4", "model.moe.num_shared_experts=1", "model.moe.intermediate_size=6"],
+            4,
+            "width of shared experts = 6 does not divide by parallel.tensor.size = 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(overrides: list[str], ranks: int, expected: str) -> None:
+    sections = make_config(model=DROPLESS).model_dump()
+    with pytest.raises(ConfigError) as caught:
+        load_config(sections, overrides, world_size=ranks)
+    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+
+
+def save(rank: int, world_size: int, config: Config, folder: Path) -> None:
+    trainer = build_trainer(rank, world_size, config, range(2))
+    assert [report.updated for report in trainer.steps()] == [True, True]
+    checkpointer = Checkpointer(config, folder, trainer.optimizer, trainer.state, trainer.mesh)
+    checkpointer.save()
+    checkpointer.close()
+
+
+def go_on(rank: int, world_size: int, config: Config, folder: Path) -> list[float]:
+    trainer = build_trainer(rank, world_size, config, range(2, STEPS))
+    checkpointer = Checkpointer(config, folder, trainer.optimizer, trainer.state, trainer.mesh)
+    checkpointer.resume()
+    checkpointer.close()
+    return [report.loss for report in trainer.steps()]
+
+
+def test_checkpoints_of_experts_load_on_any_layout(tmp_path: Path) -> None:
+    """Biases of routers are in them: after two steps of 0.01 they stand at -0.02, 0 or 0.02."""
+    alone = run_ranks(1, losses, make_config(model=BIASED, loss=LOSSES))[0]
+    sizes = {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}, "weight": {"size": 2}}
+    run_ranks(4, save, make_config(sizes, model=BIASED, loss=LOSSES), tmp_path)
+    for ranks, parallel in ((1, {}), (2, {"expert": {"size": 2}})):
+        found = run_ranks(ranks, go_on, make_config(parallel, model=BIASED, loss=LOSSES), tmp_path)[0]
+        assert found == pytest.approx(alone[2:], rel=1e-6)
+    model, config = load_model(tmp_path / "checkpoints", "cpu")
+    assert config.num_experts == 8
+    for layer in model.layers:
+        bias = layer.feed_forward.router.bias.tolist()
+        assert {round(value, 6) for value in bias} <= {-0.02, -0.01, 0.0, 0.01, 0.02} and any(bias)
+
+
+def losses(rank: int, world_size: int, config: Config) -> list[float]:
+    return [report.loss for report in build_trainer(rank, world_size, config, range(STEPS)).steps()]
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
+def test_16_bits(dtype: str) -> None:
+    """Within the noise of the dtype, on which routers may choose otherwise."""
+    model = {**BIASED, "dtype": dtype}
+    alone = run_ranks(1, losses, make_config(model={**model, "dtype": "torch.float32"}, loss=LOSSES))[0]
+    sizes = {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}}
+    found = run_ranks(2, losses, make_config(sizes, model=model, loss=LOSSES))[0]
+    assert found == pytest.approx(alone, rel=5e-3)
+    assert found[-1] != found[0]
