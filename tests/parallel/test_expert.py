@@ -39,6 +39,7 @@ def agree(ranks: int, parallel: dict[str, Any], model: dict[str, Any], **section
         (4, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}}),
         (4, {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "msp"}}),
         (4, {"expert": {"size": 4}, "context": {"ring": 2}}),
+        (4, {"expert": {"size": 2}, "pipeline": {"size": 2}}),
         (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}),
     ],
     ids=str,
