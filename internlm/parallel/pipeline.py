@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from internlm.config.schema import Config
+from internlm.core.collectives import all_reduce_
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
@@ -66,6 +67,7 @@ class Pipeline:
         self.layout = pipeline_layout(config)
         self.stage, self.group = mesh.coordinates["pipeline"], mesh.group("pipeline")
         self.chunks = {chunk: _Chunk(model, config, self.layout, chunk) for chunk in self.layout.chunks_of(self.stage)}
+        all_reduce_(torch.zeros(1, device=mesh.device), self.group)  # NCCL: all ranks in a group's first transfer
         self._plans: dict[int, Table] = {}
         self._evaluation = with_transfers(forward_table(self.layout), self.layout)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
