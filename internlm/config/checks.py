@@ -168,8 +168,6 @@ def files(config: Config) -> Problems:
             path = getattr(data, key)
             if path is not None and is_local(path):
                 yield from _folder(f"data.{key}", path)
-                if Path(path).is_dir() and not any(Path(path).iterdir()):
-                    yield f"data.{key} = {path!r}: the folder is empty"
         yield from _mixture(config)
     tokenizer = data.tokenizer_path
     folder_allowed = data.type == "chat"

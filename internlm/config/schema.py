@@ -99,9 +99,20 @@ class ModelConfig(Section):
     num_chunks: PositiveInt = Field(
         1, description="runs of blocks per pipeline stage; above 1: the interleaved schedule"
     )
-    checkpoint: bool | Fraction = Field(
+    checkpoint: bool | Fraction | Literal["selective"] = Field(
         False,
-        description="activation recomputation: False, True, or the fraction of blocks (the first ones) recomputed",
+        description="activation recomputation: False, True, the fraction of blocks (the first ones) recomputed, or "
+        '"selective": all but matrix products and attention',
+    )
+    fp8: bool = Field(
+        False,
+        description="matrix products of the blocks in 8-bit floating point (GPUs from Hopper on)",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile each block; auto: on a GPU, where a block does not communicate"
+    )
+    attn_backend: Literal["auto", "sdpa", "cudnn", "varlen", "flash"] = Field(
+        "auto", description="attention kernel; auto: the fastest that applies (internlm/ops/attention.py)"
     )
     init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")
     init_type: Literal["normal", "uniform"] = Field(
@@ -142,7 +153,8 @@ class ModelConfig(Section):
 
     @property
     def recompute_fraction(self) -> float:
-        return float(self.checkpoint)
+        """Share of blocks that run again in backward as a whole."""
+        return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
 
 
 class CkptConfig(Section):
@@ -236,6 +248,9 @@ class GradScalerConfig(Section):
 
 class LossConfig(Section):
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over the vocabulary")
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the squared log-sum-exp of a token's logits; 1e-4 is usual"
+    )
     reduction: Literal["token", "micro_batch"] = Field(
         "token",
         description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means",

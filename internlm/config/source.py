@@ -40,8 +40,6 @@ def _is_key(name: str) -> bool:
 
 
 def _read(path: Path) -> Tree:
-    if path.is_dir():
-        raise ConfigError(str(path), ["this is a folder; name the Python file in it"])
     if not path.is_file():
         beside = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / beside[0]}?" if beside else ""

@@ -1,6 +1,7 @@
 """Self-attention with grouped heads, and the key/value cache for generation."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,9 +93,11 @@ class Attention(nn.Module):
         heads, groups, size = config.num_kv_heads, config.q_per_kv, config.head_size
         self.interleaved = config.qk_interleaved
         # replaced where rows are cut between ranks
-        self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = attention
-        self.wqkv = Linear(config.hidden_size, (heads, groups + 2, size), config.qkv_bias, dtype)
-        self.wo = Linear(heads * groups * size, (config.hidden_size,), config.out_bias, dtype)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = partial(
+            attention, backend=config.attn_backend
+        )
+        self.wqkv = Linear(config.hidden_size, (heads, groups + 2, size), config.qkv_bias, dtype, config.fp8)
+        self.wo = Linear(heads * groups * size, (config.hidden_size,), config.out_bias, dtype, config.fp8)
         self.q_norm = RMSNorm(size, config.layer_norm_epsilon, norm_dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.layer_norm_epsilon, norm_dtype) if config.qk_norm else None
 

@@ -12,22 +12,26 @@ from torch.nn import functional as F
 
 from internlm.config.schema import ModelConfig
 from internlm.ops.cross_entropy import LossOutput, linear_cross_entropy
+from internlm.ops.fp8 import fp8_linear
 from internlm.ops.rms_norm import rms_norm
 
 
 class Linear(nn.Module):
     """y = x W^T + b where W is [*out_shape, size]: one GEMM, whose result [tokens, *out_shape] has the structure."""
 
-    def __init__(self, size: int, out_shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, size: int, out_shape: tuple[int, ...], bias: bool, dtype: torch.dtype, fp8: bool = False
+    ) -> None:
         super().__init__()
         self.out_shape = out_shape
+        self.product = fp8_linear if fp8 else F.linear
         self.weight = nn.Parameter(torch.empty(*out_shape, size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_shape, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, size] -> [tokens, *out_shape]."""
         bias = None if self.bias is None else self.bias.view(-1)
-        return F.linear(x, self.weight.view(prod(self.out_shape), -1), bias).unflatten(-1, self.out_shape)
+        return self.product(x, self.weight.view(prod(self.out_shape), -1), bias).unflatten(-1, self.out_shape)
 
 
 class RMSNorm(nn.Module):
@@ -76,11 +80,12 @@ class Head(nn.Module):
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
         upstream: float = 1.0,
+        z_loss: float = 0.0,
     ) -> Tensor | LossOutput:
         """x [tokens, hidden] -> logits [tokens, vocab], or the loss against `labels` int64 [tokens].
 
         `tied_weight` is the embedding's weight when word embeddings are tied; without that the head owns one.
-        `upstream`: see `linear_cross_entropy`.
+        `upstream`, `z_loss`: see `linear_cross_entropy`.
         """
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "a head without a weight of its own is given the embedding's"
@@ -90,7 +95,7 @@ class Head(nn.Module):
         x = self.norm(x, weight.dtype)
         if labels is None:
             return F.linear(x, weight)
-        return self.cross_entropy(x, weight, labels, label_smoothing, upstream=upstream)
+        return self.cross_entropy(x, weight, labels, label_smoothing, upstream=upstream, z_loss=z_loss)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -63,16 +63,20 @@ class Transformer(nn.Module):
         """Logits [tokens, vocab] of a packed row, in the model's dtype."""
         return self.head(self._hidden(batch), self._tied_weight())
 
-    def loss(self, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0) -> LossOutput:
+    def loss(
+        self, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0, z_loss: float = 0.0
+    ) -> LossOutput:
         """Summed loss, token losses and predictions of a packed row, without ever holding all its logits.
 
         `upstream` is the factor between the summed loss and what backward starts from, if known: `ops.cross_entropy`.
         """
-        return self.head_loss(self._hidden(batch), batch, label_smoothing, upstream)
+        return self.head_loss(self._hidden(batch), batch, label_smoothing, upstream, z_loss)
 
-    def head_loss(self, x: Tensor, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0) -> LossOutput:
+    def head_loss(
+        self, x: Tensor, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0, z_loss: float = 0.0
+    ) -> LossOutput:
         """`loss` from the output of the last block [tokens, hidden]."""
-        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream)
+        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream, z_loss)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, batch: Batch) -> Tensor:
         """x [tokens, hidden] through some of `layers`, neighbours in order."""

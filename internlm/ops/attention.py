@@ -3,45 +3,47 @@
 Shapes: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]; query head i uses kv head i // (heads /
 kv_heads). Scores are scaled by 1 / sqrt(head_dim).
 
-Which kernel runs is decided here and nowhere else:
+Which kernel runs is decided here and nowhere else (`model.attn_backend`):
 
     sdpa    F.scaled_dot_product_attention: segments of one length as a batch in one call, else segment by segment;
             any device and dtype; on Hopper torch prefers cuDNN, the fastest there is
-    flash   flash_attn_varlen_func, if the package is installed; 16-bit on a GPU; one call for ragged segments
-    varlen  torch's own varlen_attn, the same kernel without the package; kv heads must be repeated before torch 2.12
+    cudnn   ragged segments in one call of cuDNN, if nvidia-cudnn-frontend is installed; 16-bit on Hopper and later
+    varlen  the same by the FlashAttention 2 that comes with torch; 16-bit on a GPU
+    flash   flash_attn_varlen_func of the flash-attn package (3 if installed, else 2)
+
+"auto" takes sdpa for segments of one length, and for ragged ones the first that applies of cudnn, flash with version 3,
+varlen.
 """
 
-import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
+from internlm.ops.attention_ragged import cudnn_applies, ragged_attention
 from internlm.ops.segments import Segments
 from internlm.utils.logger import get_logger, log_once
 
 
-def _find_flash_attn() -> Callable[..., Tensor] | None:
+def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, int]:
+    """The package's function and its version, looked up once: a compiled block cannot import."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn_interface import flash_attn_varlen_func
     except ImportError:
-        return None
-    return flash_attn_varlen_func
+        try:
+            from flash_attn import flash_attn_varlen_func
+        except ImportError:
+            return None, 0
+        return flash_attn_varlen_func, 2
+    return flash_attn_varlen_func, 3
 
 
-# Looked up at import time: a compiled block cannot import.
-flash_attn_varlen_func = _find_flash_attn()
+flash_attn_varlen_func, flash_attn_version = _find_flash_attn()
 logger = get_logger(__name__)
 
-Backend = Literal["sdpa", "flash", "varlen"]
-
-# How varlen_attn is told to be causal: a flag in torch 2.10, a window from 2.11 on. Grouped heads: from 2.12 on.
-_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
-_VARLEN_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
-_VARLEN_GROUPS = "enable_gqa" in _VARLEN_PARAMETERS
+Backend = Literal["auto", "sdpa", "cudnn", "varlen", "flash"]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -57,20 +59,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return torch.cat(outputs)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend | None = None) -> Tensor:
-    """Causal attention inside each segment -> [tokens, heads, head_dim]. `backend` None: the fastest that applies."""
-    if backend is None:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend = "auto") -> Tensor:
+    """Causal attention inside each segment -> [tokens, heads, head_dim]."""
+    if backend == "auto":
         backend = choose_backend(q, segments)
     if backend == "sdpa":
         return _sdpa(q, k, v, segments)
     if backend == "flash":
         return _flash(q, k, v, segments)
-    return _varlen(q, k, v, segments)
+    return ragged_attention(q, k, v, segments.cu_seqlens, segments.extent, backend)
 
 
 def choose_backend(q: Tensor, segments: Segments) -> Backend:
     """The backend for q [tokens, heads, head_dim]; the first time each reason occurs it is logged."""
-    backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.uniform)
+    backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.num_equal > 0)
     if not torch.compiler.is_compiling():
         log_once(logger, f"attention: {backend} ({reason})")
     return backend
@@ -85,14 +87,17 @@ def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> t
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
     if head_dim % 8 or head_dim > 256:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"
-    if flash_attn_varlen_func is not None:
-        return "flash", "ragged segments, flash_attn is installed"
-    return "varlen", "ragged segments, flash_attn is not installed"
+    applies, reason = cudnn_applies(head_dim)
+    if applies:
+        return "cudnn", f"ragged segments, {reason}"
+    if flash_attn_version == 3:
+        return "flash", f"ragged segments, flash-attn 3 is installed; not cudnn: {reason}"
+    return "varlen", f"ragged segments, not cudnn: {reason}"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    if segments.uniform:
-        return _sdpa_batch(q, k, v, len(segments.lengths))
+    if segments.num_equal:
+        return _sdpa_batch(q, k, v, segments.num_equal)
     pieces = zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True)
     return torch.cat([_sdpa_batch(q_, k_, v_, 1) for q_, k_, v_ in pieces])
 
@@ -109,19 +114,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     assert flash_attn_varlen_func is not None
     ends, longest = segments.cu_seqlens, segments.max_length
     return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    options = dict(_VARLEN_CAUSAL)
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and _VARLEN_GROUPS:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    ends, longest = segments.cu_seqlens, segments.max_length
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
-    assert isinstance(out, Tensor)  # a pair only when asked for the normalisers
-    return out
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor) -> Tensor:

@@ -6,8 +6,13 @@ gradients of hidden states and weight are computed in the *forward*, for an upst
 (1 if it can't), and backward only scales them. What that costs: an fp32 gradient of the weight lives from forward to
 backward, and a forward with gradients enabled whose backward never comes has done the work for nothing. What it saves
 is the third GEMM of recomputing the logits in backward.
+
+    torch   any device, any group
+    triton  one kernel turns a chunk's logits into losses and, in place, into their gradient; GPUs, whole vocabulary
+            (`cross_entropy_kernel.py`)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,27 +25,40 @@ from internlm.ops.vocabulary import cut_losses, local_labels
 
 IGNORE_INDEX = -100
 
-# Elements of one chunk of logits. On a GPU some 1.5k rows of the usual vocabularies and 1 GB with all temporaries;
-# on an H100 four times as much is 7 % faster, half as much 20 % slower. On a CPU: near the caches.
-_CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**22}
+# Elements of one chunk of logits. On a GPU some 5k rows of the usual vocabularies: 1 GB by the kernel, 5 GB by torch;
+# fewer rows make slow matrix products. On a CPU: near the caches.
+_CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**22}
+
+
+def _find_kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    try:
+        from internlm.ops.cross_entropy_kernel import losses_and_gradient_
+    except ImportError:  # no Triton: CPU builds of torch come without
+        return None
+    return losses_and_gradient_
+
+
+_triton_losses = _find_kernel()
 
 
 class LossOutput(NamedTuple):
     """What a training step needs to know of a packed row."""
 
-    loss_sum: Tensor  # fp32 scalar with gradient: sum over trained tokens, label smoothing included
+    loss_sum: Tensor  # fp32 scalar with gradient: sum over trained tokens, label smoothing and z-loss included
     token_losses: Tensor  # fp32 [tokens]: -log p(label) without smoothing, 0 where the label is IGNORE_INDEX
     correct: Tensor  # bool [tokens]: the label has the highest logit
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> LossOutput:
     """The same as `linear_cross_entropy`, plainly: all logits at once, gradients by autograd."""
     logits = F.linear(hidden, weight).float()
     loss_sum = F.cross_entropy(
         logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
     )
+    trained = labels != IGNORE_INDEX
+    loss_sum = loss_sum + z_loss * (logits.logsumexp(-1).square() * trained).sum()
     with torch.no_grad():
         token_losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
         return LossOutput(loss_sum, token_losses, logits.argmax(-1) == labels)
@@ -53,11 +71,13 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     group: Group | None = None,
     upstream: float = 1.0,
+    z_loss: float = 0.0,
 ) -> LossOutput:
     """Cross-entropy of `hidden @ weight.T` against `labels`, chunk by chunk.
 
     hidden [tokens, hidden], weight [vocab, hidden] of one dtype; labels int64 [tokens] below vocab or IGNORE_INDEX.
-    Only `loss_sum` carries gradient, and only once (no second derivatives).
+    Only `loss_sum` carries gradient, and only once (no second derivatives). It includes `z_loss` times the squared
+    log-sum-exp of each trained token's logits, which keeps them from drifting (PaLM, Chowdhery et al., 2022).
 
     With a `group`, each of its ranks has the same tokens and an equal part of the vocabulary, in order of rank; the
     result is the same on all of them, and the gradient of `hidden` is this rank's part of a sum over the group.
@@ -68,7 +88,9 @@ def linear_cross_entropy(
     """
     scale = upstream if hidden.dtype == torch.float16 else 1.0  # other dtypes have the exponents of float32
     return LossOutput(
-        *_LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, group, scale, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        *_LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, label_smoothing, z_loss, group, scale, torch.is_grad_enabled()
+        )
     )
 
 
@@ -80,6 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         label_smoothing: float,
+        z_loss: float,
         group: Group | None,
         scale: float,
         grad_enabled: bool,
@@ -93,17 +116,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**22) // len(weight))
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight)
-            if group is None:
-                probabilities, chunk = _chunk_losses(logits, labels[part], label_smoothing)
-            else:
-                probabilities, chunk = _cut_chunk_losses(logits, labels[part], label_smoothing, group)
+            grad_logits, chunk = _chunk(
+                F.linear(hidden[part], weight),
+                labels[part],
+                (label_smoothing, z_loss, scale),
+                group,
+                need_hidden or need_weight,
+            )
             loss_sum += chunk.loss_sum
             token_losses[part], correct[part] = chunk.token_losses, chunk.correct
-            if not (need_hidden or need_weight):
+            if grad_logits is None:
                 continue
-            grad_logits = _to_gradient_(probabilities, labels[part], label_smoothing, group)
-            grad_logits = (grad_logits if scale == 1 else grad_logits.mul_(scale)).to(hidden.dtype)
             # Rows without a label have no gradient. Masking here spares a pass over the vocabulary.
             trained = (labels[part] != IGNORE_INDEX)[:, None].to(hidden.dtype)
             if grad_hidden is not None:
@@ -126,11 +149,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Scaled in fp32 and rounded once, without a second fp32 tensor of the weight's size.
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, factor, out=scaled)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
-def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, LossOutput]:
-    """fp32 probabilities [rows, vocab] and losses of `logits` [rows, vocab] in any dtype, in few passes over them."""
+def _chunk(
+    logits: Tensor, labels: Tensor, options: tuple[float, float, float], group: Group | None, gradient: bool
+) -> tuple[Tensor | None, LossOutput]:
+    """Losses of `logits` [rows, vocab] and, if asked for, the gradient of their sum times a scale, in the same dtype.
+
+    `options`: label smoothing, weight of the z-loss, scale. Rows without a label may have any finite gradient.
+    """
+    label_smoothing, z_loss, scale = options
+    if group is None and logits.is_cuda and _triton_losses is not None:
+        losses, objective, correct = _triton_losses(logits, labels, label_smoothing, z_loss, scale, gradient)
+        return logits if gradient else None, LossOutput(objective.sum(), losses, correct)
+    if group is None:
+        probabilities, chunk = _chunk_losses(logits, labels, label_smoothing, z_loss)
+    else:
+        probabilities, chunk = _cut_chunk_losses(logits, labels, label_smoothing, z_loss, group)
+    if not gradient:
+        return None, chunk
+    grad_logits = _to_gradient_(probabilities, labels, label_smoothing, group)
+    return (grad_logits if scale == 1 else grad_logits.mul_(scale)).to(logits.dtype), chunk
+
+
+def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, LossOutput]:
+    """Losses of `logits` [rows, vocab] in any dtype, in few passes over them; and, fp32 [rows, vocab], probabilities,
+    times what the z-loss weighs them by: the gradient is that minus the target."""
     trained = labels != IGNORE_INDEX
     best, prediction = logits.max(-1)
     best = best.float()
@@ -143,15 +188,21 @@ def _chunk_losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tup
     if label_smoothing > 0:  # mixes in the mean over the vocabulary of -log p
         uniform = torch.where(trained, best - logits.mean(-1, dtype=torch.float32) + loss_of_best, 0)
         loss_sum = (1 - label_smoothing) * loss_sum + label_smoothing * uniform.sum()
+    if z_loss > 0:
+        log_sum = torch.where(trained, best + loss_of_best, 0)
+        loss_sum = loss_sum + z_loss * log_sum.square().sum()
+        probabilities.mul_(1 + 2 * z_loss * log_sum[:, None])
     return probabilities, LossOutput(loss_sum, token_losses, prediction == labels)
 
 
 def _cut_chunk_losses(
-    logits: Tensor, labels: Tensor, label_smoothing: float, group: Group
+    logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, group: Group
 ) -> tuple[Tensor, LossOutput]:
     """`_chunk_losses` where each rank of `group` has a part of the vocabulary."""
     trained = labels != IGNORE_INDEX
-    probabilities, token_losses, loss_sum, prediction = cut_losses(logits, labels, trained, label_smoothing, group)
+    probabilities, token_losses, loss_sum, prediction = cut_losses(
+        logits, labels, trained, label_smoothing, z_loss, group
+    )
     return probabilities, LossOutput(loss_sum, token_losses, prediction == labels)
 
 

@@ -14,9 +14,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """RMSNorm of x [..., size] with statistics in fp32; the result has `dtype`, by default that of x.
 
-    torch's fused kernel wants one dtype everywhere; an fp32 weight or an fp32 residual stream takes the plain path.
+    torch's fused kernel wants one dtype everywhere; an fp32 weight or an fp32 residual stream takes the plain path. So
+    does the compiler, which fuses it with its neighbours.
     """
     dtype = dtype or x.dtype
-    if x.is_cuda and x.dtype == weight.dtype == dtype:
+    if x.is_cuda and not torch.compiler.is_compiling() and x.dtype == weight.dtype == dtype:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return rms_norm_reference(x, weight, eps, dtype)

@@ -1,11 +1,27 @@
-"""SwiGLU: silu(gate) * up (Shazeer, 2020)."""
+"""SwiGLU: silu(gate) * up (Shazeer, 2020).
+
+Only the input is kept for backward: plain autograd would keep silu(gate) as well, half as much again.
+
+    torch   any device
+    triton  two kernels (`swiglu_kernel.py`) behind an operation that a compiled block calls as it is; GPUs
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+
+def _find_kernels() -> Any:
+    try:
+        from internlm.ops import swiglu_kernel
+    except ImportError:  # no Triton: CPU builds of torch come without
+        return None
+    return swiglu_kernel
+
+
+_kernels = _find_kernels()
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -14,23 +30,43 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Keeps only its input for backward: plain autograd would keep silu(gate) as well, half as much again."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return swiglu_reference(gate_up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.unbind(-2)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.stack((grad_gate, grad * F.silu(gate)), dim=-2)
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [tokens, 2, size] (0 gate, 1 up) -> [tokens, size]."""
-    return _SwiGLU.apply(gate_up)
+    return _swiglu(gate_up)
+
+
+@torch.library.custom_op("internlm::swiglu", mutates_args=())
+def _swiglu(gate_up: Tensor) -> Tensor:
+    if gate_up.is_cuda and gate_up.numel() > 0 and _kernels is not None:
+        return _kernels.forward(gate_up.contiguous())
+    return swiglu_reference(gate_up)
+
+
+@_swiglu.register_fake
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[2])
+
+
+@torch.library.custom_op("internlm::swiglu_backward", mutates_args=())
+def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    if gate_up.is_cuda and gate_up.numel() > 0 and _kernels is not None:
+        return _kernels.backward(gate_up.contiguous(), grad.contiguous())
+    gate, up = gate_up.unbind(-2)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.stack((grad_gate, grad * F.silu(gate)), dim=-2)
+
+
+@_swiglu_backward.register_fake
+def _(gate_up: Tensor, grad: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
+    return _swiglu_backward(ctx.saved_tensors[0], grad)
+
+
+_swiglu.register_autograd(_differentiate, setup_context=_setup)

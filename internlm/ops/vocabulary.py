@@ -8,14 +8,14 @@ from internlm.core.collectives import Group
 
 
 def cut_losses(
-    logits: Tensor, labels: Tensor, trained: Tensor, label_smoothing: float, group: Group
+    logits: Tensor, labels: Tensor, trained: Tensor, label_smoothing: float, z_loss: float, group: Group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(probabilities, token losses, smoothed loss sum, predictions) of this rank's columns of some rows.
 
     logits [rows, vocab / ranks] in any dtype, of consecutive parts of the vocabulary in order of rank; labels int64
-    [rows] in the whole vocabulary, trained bool [rows]. Probabilities [rows, vocab / ranks] are fp32 and of this rank's
-    part; the rest is the same on every rank. Three small collectives: the largest logit, sums over the vocabulary, the
-    first place of the largest.
+    [rows] in the whole vocabulary, trained bool [rows]. Probabilities [rows, vocab / ranks] are fp32, of this rank's
+    part, and times what the z-loss weighs them by; the rest is the same on every rank. Three small collectives: the
+    largest logit, sums over the vocabulary, the first place of the largest.
     """
     size = logits.shape[-1]
     start = group.rank() * size
@@ -37,7 +37,12 @@ def cut_losses(
     if label_smoothing > 0:
         uniform = torch.where(trained, log_sum - total / (size * group.size()), 0)
         loss_sum = (1 - label_smoothing) * loss_sum + label_smoothing * uniform.sum()
-    return probabilities.div_(denominator[:, None]), token_losses, loss_sum, prediction
+    probabilities.div_(denominator[:, None])
+    if z_loss > 0:
+        log_sum = torch.where(trained, log_sum, 0)
+        loss_sum = loss_sum + z_loss * log_sum.square().sum()
+        probabilities.mul_(1 + 2 * z_loss * log_sum[:, None])
+    return probabilities, token_losses, loss_sum, prediction
 
 
 def local_labels(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 from internlm.model.transformer import Transformer
+from internlm.parallel.compile import compile_blocks
 from internlm.parallel.expert import cut_experts
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.sequence import cut_sequences
@@ -20,7 +21,8 @@ from internlm.utils.device import set_matmul_precision
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
-    """Takes from a model on the meta device what other ranks have, as `config.parallel` says, then recomputes blocks.
+    """Takes from a model on the meta device what other ranks have, as `config.parallel` says, then recomputes and
+    compiles blocks.
 
     Returns the placement of each parameter that is not whole here, by name.
     """
@@ -33,5 +35,6 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     cut_sequences(model, mesh)
     layout = pipeline_layout(config)
     for chunk in layout.chunks_of(mesh.coordinates["pipeline"]):
-        recompute_blocks([model.layers[layer] for layer in layout.layers[chunk]], config.model.recompute_fraction)
+        recompute_blocks([model.layers[layer] for layer in layout.layers[chunk]], config.model)
+    compile_blocks(model.layers, config, mesh)
     return placements

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, LossConfig
 from internlm.core.collectives import all_reduce_
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
@@ -83,19 +83,19 @@ class Pipeline:
         if count not in self._plans:  # it changes while data.rampup_batch_size is at work
             self._plans[count] = with_transfers(compute_table(self.layout, count), self.layout)
         self.engine.begin_step(count, [chunk.modules for chunk in self.chunks.values()])
-        self._run(self._plans[count][self.stage], rows, weights, on_loss, self.config.loss.label_smoothing)
+        self._run(self._plans[count][self.stage], rows, weights, on_loss, self.config.loss)
 
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         with torch.no_grad():
-            self._run(self._evaluation[self.stage], [row], [1.0], on_loss, 0.0)
+            self._run(self._evaluation[self.stage], [row], [1.0], on_loss, LossConfig())
 
     def eval_mode(self, on: bool) -> None:
         self.model.train(not on)
 
     def _run(
-        self, plan: Sequence[Action], rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss, smoothing: float
+        self, plan: Sequence[Action], rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss, loss: LossConfig
     ) -> None:
-        run = _Run([own_part(row, self.mesh).to(self.mesh.device) for row in rows], weights, on_loss, smoothing)
+        run = _Run([own_part(row, self.mesh).to(self.mesh.device) for row in rows], weights, on_loss, loss)
         for action in plan:
             with record_function(str(action)):
                 self._do(action, run)
@@ -126,7 +126,7 @@ class Pipeline:
         output = self.model.run_blocks(chunk.blocks, x, part)
         if chunk.last:
             weight = run.weights[action.micro_batch]
-            loss = self.model.head_loss(output, part, run.smoothing, upstream=weight)
+            loss = self.model.head_loss(output, part, run.loss.label_smoothing, weight, run.loss.z_loss)
             run.on_loss(loss, part)
             output = loss.loss_sum * weight
         else:
@@ -230,6 +230,6 @@ class _Run:
     parts: list[Batch]
     weights: Sequence[float]
     on_loss: OnLoss
-    smoothing: float
+    loss: LossConfig
     arrived: dict[Action, _Arrival] = field(default_factory=dict)  # by the action that receives it, here or elsewhere
     in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)  # by chunk and micro batch

@@ -1,14 +1,31 @@
-"""Activation recomputation: blocks that keep only their input, and run again in backward."""
+"""Activation recomputation: what a block does not keep for backward, and computes again there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from internlm.config.schema import ModelConfig
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
+
+aten = torch.ops.aten
+# What "selective" keeps: results of matrix products and attention, all that is slow. Norms, rotation and SwiGLU are
+# computed again from them, at the speed of memory.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_mm.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+}
+KEPT_BY_NAME = {"internlm::fp8_cast", "internlm::ragged_attention", "flash_attn::_flash_attn_varlen_forward"}
 
 
 def num_recomputed(num_blocks: int, fraction: float) -> int:
@@ -16,15 +33,36 @@ def num_recomputed(num_blocks: int, fraction: float) -> int:
     return int(num_blocks * fraction)
 
 
-def recompute_blocks(layers: Sequence[nn.Module], fraction: float) -> None:
-    """Makes the first blocks of a chunk recompute, as `model.checkpoint` asks.
+def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
+    """Makes the blocks of a chunk recompute, as `model.checkpoint` asks: the first ones from their input, or
+    "selective": all of them from the results of matrix products and attention.
 
     The block's `forward` is replaced, not the block: hooks on its calls run once, in forward, and don't run again when
     it is recomputed.
     """
-    count = num_recomputed(len(layers), fraction)
+    selective = config.checkpoint == "selective"
+    count = len(layers) if selective else num_recomputed(len(layers), config.recompute_fraction)
     for block in layers[:count]:
-        # nothing in a block draws random numbers, so no generator's state is kept
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if count:
+        replace_forward(block, partial(_recomputed, block.forward, selective))
+    if selective:
+        logger.info("all blocks keep results of matrix products and attention, and recompute the rest in backward")
+    elif count:
         logger.info("%d of %d blocks are recomputed in backward", count, len(layers))
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """`module(...)` runs `forward` between its hooks."""
+    module.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any) -> Any:
+    # nothing in a block draws random numbers, so no generator's state is kept
+    if not selective:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in KEPT or getattr(op, "name", str)().split(".")[0] in KEPT_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

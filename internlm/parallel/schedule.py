@@ -33,13 +33,13 @@ class Accumulation:
 
     def __init__(self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh = model, engine, mesh
-        self.label_smoothing = config.loss.label_smoothing
+        self.loss = config.loss
 
     def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
         self.engine.begin_step(len(rows))
         for row, weight in zip(rows, weights, strict=True):
             part = own_part(row, self.mesh).to(self.mesh.device)
-            output = self.model.loss(part, self.label_smoothing, upstream=weight)
+            output = self.model.loss(part, self.loss.label_smoothing, upstream=weight, z_loss=self.loss.z_loss)
             on_loss(output, part)
             (output.loss_sum * weight).backward()
             self.engine.end_backward()

@@ -35,7 +35,7 @@ class RingStep:
     send: slice | None  # rows of the own part
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RingSegments(Segments):
     """Segments of the tokens on one ring rank, and its steps 1 to ring - 1."""
 

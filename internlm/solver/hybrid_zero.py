@@ -180,28 +180,26 @@ class HybridZero:
         return global_norm(counted, self.mesh) / self.scaler.scale
 
     def _update_and_gather(self, norm: Tensor, ok: Tensor, lr: float, beta2: float) -> None:
-        scalars = partial(
-            adam_scalars,
+        scalars = adam_scalars(
             lr=lr,
             betas=(self.adam.adam_beta1, beta2),
             eps=self.adam.adam_eps,
+            weight_decay=self.adam.weight_decay,
             update=self.num_updates + 1,
             grad_factor=clip_factor(norm, self.clip_grad_norm) / self.scaler.scale,
             ok=ok,
         )
-        decayed, undecayed = scalars(weight_decay=self.adam.weight_decay), scalars(weight_decay=0.0)
         for unit in self.units:
-            border = min(max(unit.layout.decay_stop - unit.owned_start, 0), unit.owned.numel())
-            for part, part_scalars in ((slice(0, border), decayed), (slice(border, None), undecayed)):
-                adamw_(
-                    unit.owned[part],
-                    unit.owned_grad[part],
-                    unit.exp_avg[part],
-                    unit.exp_avg_sq[part],
-                    part_scalars,
-                    remainder=None if unit.remainder is None else unit.remainder[part],
-                    master=None if unit.master is None else unit.master[part],
-                )
+            adamw_(
+                unit.owned,
+                unit.owned_grad,
+                unit.exp_avg,
+                unit.exp_avg_sq,
+                scalars,
+                decay_stop=unit.layout.decay_stop - unit.owned_start,
+                remainder=unit.remainder,
+                master=unit.master,
+            )
             self._gather_updates(unit)
         self._fetch(self.units[0])  # the next forward's first
 

@@ -89,6 +89,8 @@ def _unsharded(config: Config) -> Memory:
 
 def _recompute(config: Config) -> str:
     layers = config.model.num_layers
+    if config.model.checkpoint == "selective":
+        return "one micro batch, results of matrix products and attention are kept"
     return f"one micro batch, {int(layers * config.model.recompute_fraction)} of {layers} blocks recomputed"
 
 

@@ -109,7 +109,7 @@ def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> f
     key_value = 2 * model.num_kv_heads * model.head_size
     streams = 2 * hidden * residual  # inputs of both norms
     normed = (2 if ffn else 1) * hidden * item  # inputs of wqkv and w13
-    attention = (query + key_value // 2) * item  # rotated queries and keys
+    attention = (query + key_value // 2 + 2 * model.head_size) * item  # rotated queries and keys, sines
     attention += (query + key_value) * item  # wqkv's output, which the values are a view of
     attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
     feed_forward = 3 * ffn * item  # gate, up and their product
@@ -129,6 +129,16 @@ def _routed_per_token(model: ModelConfig, item: int) -> int:
     return router + choices + top_k * (2 * hidden + 3 * model.expert_size) * item  # rows in and out, gate, up, product
 
 
+def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
+    """Likewise where results of matrix products and attention are kept alone (model.checkpoint="selective")."""
+    item = torch_dtype(model.dtype).itemsize
+    query = model.num_attention_heads * model.head_size
+    key_value = 2 * model.num_kv_heads * model.head_size
+    outside = model.hidden_size * ((4 if model.residual_in_fp32 else item) + 2 * item)  # block's input, wo, w2
+    inside = (2 * query + key_value + 2 * model.ffn_size) * item + model.num_attention_heads * 4
+    return outside / (1 if mode == "mtp" else tensor) + inside / tensor
+
+
 def _activations(config: Config, mesh: Mesh, num_blocks: int) -> int:
     """Saved for backward; one recomputed block is whole again while it is differentiated.
 
@@ -140,6 +150,9 @@ def _activations(config: Config, mesh: Mesh, num_blocks: int) -> int:
     begun = min(mesh.sizes["pipeline"] - mesh.coordinates["pipeline"], config.data.micro_num)
     block = saved_per_token(model, tensor, mode)
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
+    if model.checkpoint == "selective":
+        kept = begun * num_blocks * selected_per_token(model, tensor, mode) + block
+        return int(_tokens(config, mesh) * kept)
     kept = begun * ((num_blocks - recomputed) * block + recomputed * stream) + (block if recomputed else 0)
     return int(_tokens(config, mesh) * kept)
 

@@ -123,11 +123,6 @@ def test_hugging_face_start(small, tmp_path):
     assert config.ckpt.load_ckpt_info is not None
 
 
-def test_an_empty_folder_is_found_at_once(small, tmp_path):
-    found = problems_with(small, data__type="tokenized", data__train_folder=str(tmp_path))
-    assert found == [f"data.train_folder = {str(tmp_path)!r}: the folder is empty"]
-
-
 def test_mixture_names_entries_of_the_folder(small, tmp_path):
     (tmp_path / "en").mkdir()
     (tmp_path / "code.jsonl").write_text("")

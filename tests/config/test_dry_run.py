@@ -1,5 +1,7 @@
 """The dry run's numbers against the engine's own buffers and what autograd really keeps."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from internlm.core.mesh import build_mesh
 from internlm.model.batch import Batch, Segments
 from internlm.model.init import initialize
 from internlm.model.transformer import Transformer, build_model
+from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
-from internlm.train.memory import memory_per_rank, saved_per_token
+from internlm.train.memory import memory_per_rank, saved_per_token, selected_per_token
 
 
 def sized(**changes):
@@ -111,6 +114,31 @@ def test_recomputation_keeps_the_inputs_of_blocks():
     block, stream = none // 8, 64 * 256 * 2
     assert half == 5 * block + 4 * stream  # one of the recomputed ones is whole again while it is differentiated
     assert all_blocks == block + 8 * stream
+    selective = memory_per_rank(load_config(sized(num_layers=8), ["model.checkpoint=selective"]), 1).activations
+    assert block + 8 * stream < selective < none
+
+
+def test_selective_recomputation_against_autograd():
+    """What the policy keeps of one more block: tensors that are alive after a forward."""
+    kept = []
+    for num_layers in (1, 2):
+        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint="selective"))
+        model = Transformer(config.model)
+        initialize(model, config.model, seed=0)
+        recompute_blocks(model.layers, config.model)
+        tokens = torch.arange(64)
+        batch = Batch(tokens, labels=tokens, positions=tokens, segments=Segments.of((64,)))
+        gc.collect()
+        before = live_bytes()
+        loss = model.loss(batch).loss_sum
+        kept.append((live_bytes() - before) / len(tokens))
+        del loss
+    assert selected_per_token(config.model) == pytest.approx(kept[1] - kept[0], rel=0.02)
+
+
+def live_bytes() -> int:
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def test_the_report():

@@ -16,7 +16,6 @@ PUBLISHED = Path(__file__).parent / "files" / "published_2023.py"
 
 @pytest.fixture
 def paths(tmp_path) -> list[str]:
-    (tmp_path / "en").mkdir(exist_ok=True)
     return [f"data.train_folder={tmp_path}", f"data.valid_folder={tmp_path}"]
 
 

@@ -106,10 +106,6 @@ def test_a_broken_file_names_the_line(tmp_path, text, expected):
     assert expected in problems_of(write(tmp_path / "broken.py", text))[0]
 
 
-def test_a_folder_is_no_config(tmp_path):
-    assert "this is a folder" in problems_of(tmp_path)[0]
-
-
 def test_a_missing_file_names_its_neighbour(tmp_path):
     write(tmp_path / "demo_model.py", SMALL)
     assert "demo_model.py" in problems_of(tmp_path / "demo_mdoel.py")[0]

