@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).parent
-EXTRAS = ("data", "export", "tensorboard", "plot", "serve", "web", "eval", "dev")
+EXTRAS = ("data", "export", "gpu", "tensorboard", "plot", "serve", "web", "eval", "dev")
 
 
 def requirements(name: str) -> list[str]:

@@ -30,9 +30,11 @@ FLOORS = {
 }
 # Not needed to train on a CPU: each is used by one file, which says what happens without it.
 OPTIONAL = (
+    "cudnn",
     "datasets",
     "fastapi",
     "flash_attn",
+    "flash_attn_interface",
     "lm_eval",
     "matplotlib",
     "peft",
@@ -46,7 +48,7 @@ OPTIONAL = (
     "transformers",
 )
 # Looked up when the module is imported, because a compiled block can't do it later.
-AT_IMPORT = {"flash_attn"}
+AT_IMPORT = {"cudnn", "flash_attn", "flash_attn_interface"}
 # Where the environment is read besides core and utils, and why.
 DOORS = {
     "internlm/train/cli.py": "the command line: which launcher started this process",
