@@ -63,6 +63,15 @@ def test_what_is_missing_is_said(
     assert not page.exception and page.error and text in page.code[0].value
 
 
+# Imported by every Python process that finds it: a token takes long enough for an answer to be stopped.
+SLOW = """
+import time
+from internlm.apis.sampling import Sampling
+choose = Sampling.choose
+Sampling.choose = lambda *given: (time.sleep(0.02), choose(*given))[1]
+"""
+
+
 @pytest.fixture(scope="module")
 def address(repo_root: Path, chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A served page, started from another folder as a user might."""
@@ -70,12 +79,13 @@ def address(repo_root: Path, chat_folder: Path, tmp_path_factory: pytest.TempPat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("web")
+    (folder / "sitecustomize.py").write_text(SLOW)
     command = [sys.executable, "-m", "streamlit", "run", str(repo_root / "web_demo.py"), "--server.port", str(port)]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
             [*command, "--", "--model", str(chat_folder), "--device", "cpu"],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(repo_root)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(repo_root)))},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
