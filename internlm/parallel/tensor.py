@@ -10,7 +10,8 @@ is sent where tokens enter and leave such a region depends on the mode, with the
     fsp   as msp, but the gathered tokens aren't kept for backward: they are gathered again
 
 mtp is Megatron-LM's tensor parallel (Shoeybi et al., 2019), msp adds its sequence parallel (Korthikanti et al., 2022).
-The gradient that leaves a region backward travels while the weight's gradient is computed.
+The gradient that leaves a region backward travels while the weight's gradient is computed; what enters a region travels
+with the product of it, where the device can (ops/spread_matmul.py).
 """
 
 import re
@@ -29,6 +30,7 @@ from internlm.core.placement import Placement, box_shape, cut, whole
 from internlm.model.layers import Embedding, Head, Linear, scale_gradient
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import linear_cross_entropy
+from internlm.ops.spread_matmul import gather_matmul, matmul_scatter
 
 Mode = Literal["mtp", "msp", "fsp"]
 
@@ -85,10 +87,8 @@ def _attach(model: Transformer, group: Group, mode: Mode, rank: int) -> None:
         _replace_forward(model.embedding, partial(_embed, model.embedding, rank, leave))
     for name, module in model.layers.named_modules():
         if isinstance(module, Linear):
-            inwards = name.endswith(("wqkv", "w13"))
-            _replace_forward(
-                module, partial(_project_in, module, group, mode) if inwards else partial(_project_out, module, leave)
-            )
+            project = _project_in if name.endswith(("wqkv", "w13")) else _project_out
+            _replace_forward(module, partial(project, module, group, mode))
     if isinstance(model.head, Head):
         model.head.norm.register_forward_hook(lambda module, args, x: _Enter.apply(group, mode, x))
         model.head.cross_entropy = partial(linear_cross_entropy, group=group)
@@ -114,9 +114,9 @@ def _project_in(linear: Linear, group: Group, mode: Mode, x: Tensor) -> Tensor:
     return _ProjectIn.apply(group, mode, x, weight, bias).unflatten(-1, linear.out_shape)
 
 
-def _project_out(linear: Linear, leave: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _project_out(linear: Linear, group: Group, mode: Mode, x: Tensor) -> Tensor:
     """Out of a cut region: this rank's inputs make a part of the sum; the bias, which is whole, is added once."""
-    y = leave(F.linear(x, linear.weight))
+    y = _ProjectOut.apply(group, mode, x, linear.weight)
     return y if linear.bias is None else y + linear.bias
 
 
@@ -126,9 +126,9 @@ class _ProjectIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.group, ctx.mode, ctx.has_bias = group, mode, bias is not None
-        entered = x if mode == "mtp" else all_gather(x, group).wait()
+        entered, y = (x, x @ weight.T) if mode == "mtp" else gather_matmul(x, weight.T, group)
         ctx.save_for_backward(x if mode == "fsp" else entered, weight)
-        return F.linear(entered, weight, bias)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,6 +145,22 @@ class _ProjectIn(torch.autograd.Function):
 def _send_back(grad: Tensor, group: Group, mode: Mode) -> Sent:
     """Sums the gradient of tokens that entered a region: for all of them, or for this rank's part."""
     return all_reduce(grad, group) if mode == "mtp" else reduce_scatter(grad, group)
+
+
+class _ProjectOut(torch.autograd.Function):
+    """x [tokens of the group, in here], weight [out, in here] -> [tokens here, out], summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.group, ctx.mode = group, mode
+        ctx.save_for_backward(x, weight)
+        return all_reduce(x @ weight.T, group).wait() if mode == "mtp" else matmul_scatter(x, weight.T, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, grad_x = (grad, grad @ weight) if ctx.mode == "mtp" else gather_matmul(grad, weight, ctx.group)
+        return None, None, grad_x, grad.T @ x
 
 
 class _Enter(torch.autograd.Function):

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 RELATIVE = 1e-5
 # Adam divides a gradient by its own size: with the usual 1e-8, one that is little but rounding would move a weight as
 # far as any other. With this the update follows the gradient, and a gradient of the wrong scale shows as well.
-ADAM_EPS = 1e-4
+ADAM_EPS = 1e-3
 
 DENSE: dict[str, Any] = {
     "num_layers": 4,

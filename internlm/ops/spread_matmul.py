@@ -1,0 +1,49 @@
+"""Matrix products of tokens that are spread over the ranks of a group: gathered before, or summed and dealt out after.
+
+Two paths with the same result up to the order of sums: a collective beside a GEMM; and, between GPUs of one node that
+reach each other's memory, torch's symmetric-memory operators, which send chunk by chunk while they multiply.
+"""
+
+import os
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internlm.core.collectives import Group, all_gather, reduce_scatter
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+
+def gather_matmul(x: Tensor, b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """x [n, in] of every rank, one after the other [n * ranks, in], and its product with b [in, out]."""
+    if _is_fused(x.device.type, group):
+        gathered, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(x.contiguous(), [b], 0, group.group_name)
+        return gathered, y
+    gathered = all_gather(x, group).wait()
+    return gathered, gathered @ b
+
+
+def matmul_scatter(x: Tensor, b: Tensor, group: Group) -> Tensor:
+    """x [n * ranks, in] @ b [in, out], summed over the ranks, of which this rank gets its part [n, out]."""
+    if _is_fused(x.device.type, group):
+        return torch.ops.symm_mem.fused_matmul_reduce_scatter(x.contiguous(), b, "sum", 0, group.group_name)
+    return reduce_scatter(x @ b, group).wait()
+
+
+@cache
+def _is_fused(device_type: str, group: Group) -> bool:
+    """Whether the group's GPUs can read each other's memory: all in this node, with a peer path between them."""
+    if device_type != "cuda":
+        return False
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count()))
+    ranks = dist.get_process_group_ranks(group)
+    own = torch.cuda.current_device()
+    peers = {rank % here for rank in ranks} - {own}
+    fused = len({rank // here for rank in ranks}) == 1 and all(
+        torch.cuda.can_device_access_peer(own, peer) for peer in peers
+    )
+    logger.info("matrix products between %d ranks: %s", len(ranks), "symmetric memory" if fused else "plain")
+    return fused
