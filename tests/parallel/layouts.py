@@ -21,14 +21,56 @@ def tensor(size: int, mode: str = "mtp") -> dict[str, Any]:
     return {"tensor": {"size": size, "mode": mode}}
 
 
+def context(ring: int = 1, ulysses: int = 1) -> dict[str, Any]:
+    return {"context": {"ring": ring, "ulysses": ulysses}}
+
+
+def pipeline(size: int, schedule: str = "1f1b") -> dict[str, Any]:
+    return {"pipeline": {"size": size, "schedule": schedule}}
+
+
+def experts(size: int) -> dict[str, Any]:
+    return {"expert": {"size": size}}
+
+
+CHUNKS = {"model": {"num_chunks": 2}}
+MOE: dict[str, Any] = {
+    "model": {"num_experts": 8, "moe": {"top_k": 2}},
+    "loss": {"moe_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01},
+}
+
 LAYOUTS: dict[str, Layout] = {
     "one": Layout(1, {}),
-    "ddp2": Layout(2, {}),
     "zero1": Layout(4, zero(1, 1, 4)),
-    "zero2": Layout(4, zero(1, 4, 4)),
+    "pp2": Layout(2, pipeline(2)),
     "zero3": Layout(4, zero(4, 4, 4)),
-    "hfsdp": Layout(8, zero(2, 2, 8)),
     "mtp2": Layout(2, tensor(2)),
-    "msp4": Layout(4, tensor(4, "msp")),
+    "hfsdp": Layout(8, zero(2, 2, 8)),
+    "ulysses4": Layout(4, context(ulysses=4)),
+    "zbv-ddp": Layout(4, pipeline(2, "zbv")),
     "fsp2-zero3": Layout(8, {**tensor(2, "fsp"), **zero(2, 2, 4)}),
+    "ring2-msp2": Layout(4, {**context(ring=2), **tensor(2, "msp")}),
+}
+
+# Three and four axes of eight ranks. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
+DENSE_TOGETHER: dict[str, Layout] = {
+    "P-D-T 1f1b mtp zero1": Layout(8, {**pipeline(2), **tensor(2), **zero(1, 1, 2)}),
+    "P-D-T interleaved fsp zero3": Layout(
+        8, {**pipeline(2, "interleaved"), **tensor(2, "fsp"), **zero(2, 2, 2)}, CHUNKS
+    ),
+    "P-U-T 1f1b msp zero2": Layout(8, {**pipeline(2), **context(ulysses=2), **tensor(2, "msp"), **zero(1, 2, 2)}),
+    "P-D-R zbv hfsdp": Layout(8, {**pipeline(2, "zbv"), **context(ring=2), **zero(2, 2, 4)}),
+    "P-D-U dualpipev hsdp": Layout(8, {**pipeline(2, "dualpipev"), **context(ulysses=2), **zero(2, 2, 2)}),
+    "P-R-U interleaved ddp": Layout(8, {**pipeline(2, "interleaved"), **context(2, 2), **zero(1, 1, 1)}, CHUNKS),
+    "P-R-T zbv fsp zero1": Layout(8, {**pipeline(2, "zbv"), **context(ring=2), **tensor(2, "fsp"), **zero(1, 1, 2)}),
+    "R-U-T mtp zero3": Layout(8, {**context(2, 2), **tensor(2), **zero(4, 4, 4)}),
+    "D-R-T msp hfsdp": Layout(8, {**context(ring=2), **tensor(2, "msp"), **zero(2, 2, 4)}),
+    "D-U isp zero2": Layout(8, {**tensor(4, "isp"), **zero(1, 4, 8)}),
+}
+MOE_TOGETHER: dict[str, Layout] = {
+    "D-U-T-E mtp zero1": Layout(8, {**context(ulysses=2), **tensor(2), **experts(4), **zero(1, 1, 4)}, MOE),
+    "P-D-T-E 1f1b msp zero3": Layout(8, {**pipeline(2), **tensor(2, "msp"), **experts(2), **zero(2, 2, 2)}, MOE),
+    "P-R-T-E dualpipev mtp": Layout(8, {**pipeline(2, "dualpipev"), **context(ring=2), **tensor(2), **experts(4)}, MOE),
+    "P-D-U-E zbv zero2": Layout(8, {**pipeline(2, "zbv"), **context(ulysses=2), **experts(2), **zero(1, 2, 4)}, MOE),
+    "D-R-U-E ddp": Layout(8, {**context(2, 2), **experts(8), **zero(1, 1, 1)}, MOE),
 }

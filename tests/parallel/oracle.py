@@ -83,6 +83,12 @@ def global_batch(step: int) -> list[Batch]:
     return [random_row(generator) for _ in range(ROWS)]
 
 
+class ValidRows(list[Batch]):
+    """What the trainer wants of a validation set."""
+
+    name = "valid"
+
+
 @dataclass
 class Run:
     """What a few steps of training gave."""
@@ -90,6 +96,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     routing: list[dict[str, float]] = field(default_factory=list)  # losses and loads of experts, where there are any
+    valid_loss: float = 0.0
     parameters: dict[str, Tensor] = field(default_factory=dict)  # global ones, of which this rank holds a part
 
 
@@ -106,7 +113,8 @@ def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[in
         for step in steps
     ]
     loader: Any = ListLoader(batches)
-    return Trainer(schedule, engine, loader, TrainState(), config, mesh, {}, Routing(model, config))
+    valid: Any = ValidRows(global_batch(STEPS)[mesh.dp_rank :: mesh.dp_size])
+    return Trainer(schedule, engine, loader, TrainState(), config, mesh, {"valid": valid}, Routing(model, config))
 
 
 def train(rank: int, world_size: int, config: Config) -> Run:
@@ -117,6 +125,8 @@ def train(rank: int, world_size: int, config: Config) -> Run:
         run.losses.append(report.loss)
         run.norms.append(report.grad_norm)
         run.routing.append({} if report.experts is None else report.experts.scalars())
+    (validation,) = trainer.validate()
+    run.valid_loss = validation.loss
     engine = trainer.optimizer
     run.parameters = {name: engine.full_parameter(name) for name in engine.parameter_names()}
     run.parameters |= {name: buffer.clone() for name, buffer in engine.buffers.items()}
@@ -146,6 +156,7 @@ def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
         for step, (found_load, wanted_load) in enumerate(zip(run.routing, expected.routing, strict=True)):
             for what, number in wanted_load.items():
                 assert abs(found_load[what] - number) <= RELATIVE * abs(number), (parallel, rank, what, step)
+        assert abs(run.valid_loss - expected.valid_loss) <= RELATIVE * expected.valid_loss, (parallel, rank)
         for name, value in run.parameters.items():
             wanted_value = expected.parameters[name]
             assert value.shape == wanted_value.shape, (parallel, rank, name)
