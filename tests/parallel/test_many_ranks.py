@@ -37,7 +37,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 def config_of(case: str) -> Config:
     file, overrides = CASES[case]
-    return load_config(CONFIGS / file, ["data.type=synthetic", "data.train_folder=None", "data.valid_folder=None", *overrides])
+    return load_config(
+        CONFIGS / file, ["data.type=synthetic", "data.train_folder=None", "data.valid_folder=None", *overrides]
+    )
 
 
 def places(config: Config) -> dict[tuple[int, int, int], int]:
@@ -80,10 +82,14 @@ def test_every_element_of_a_unit_is_updated_once_per_replica(plan: Any) -> None:
                 assert all(slot.start >= end for slot, end in zip(layout.slots, ends, strict=False))
                 assert layout.slots[-1].stop <= layout.size
     for (stage, name, part), intervals in owners.items():
-        layout = next(one for place, units in by_place.items() for one in units if one.name == name and place[0] == stage)
+        layout = next(
+            one for place, units in by_place.items() for one in units if one.name == name and place[0] == stage
+        )
         sizes = expert if layout.kind == "expert" else dense
         shards = prod(sizes[axis] for axis in ZERO_AXES[1:])
-        assert sorted(intervals) == [(i * layout.size // shards, (i + 1) * layout.size // shards) for i in range(shards)]
+        assert sorted(intervals) == [
+            (i * layout.size // shards, (i + 1) * layout.size // shards) for i in range(shards)
+        ]
         assert set(intervals.values()) == {sizes["replica"]}, (stage, name, part)
 
 
