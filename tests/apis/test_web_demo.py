@@ -20,6 +20,14 @@ from tests.apis.tiny_chat import ANSWERS, CODE, COUNT, HELLO, HTML, SECOND, WEAT
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
+@pytest.fixture(autouse=True)
+def main_module() -> Iterator[None]:
+    """Streamlit makes its page the main module, which new processes of other tests would then import."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
+
+
 def opened(monkeypatch: pytest.MonkeyPatch, repo_root: Path, *arguments: object) -> AppTest:
     monkeypatch.setattr(sys, "argv", ["web_demo.py", *map(str, arguments)])
     return AppTest.from_file(str(repo_root / "web_demo.py"), default_timeout=60).run()
