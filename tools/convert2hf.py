@@ -14,7 +14,8 @@ from typing import Literal
 
 from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
-from internlm.checkpoint.native import open_checkpoint
+from internlm.checkpoint.native import NativeReader, open_checkpoint
+from internlm.checkpoint.peft import export_adapter
 from internlm.data.chat_template import BUILT_IN, find_template
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging
@@ -52,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_shard", default="10GB", help="largest size of one safetensors file, default 10GB")
     parser.add_argument("--max_pos", type=int, help="max_position_embeddings to write; default: the trained one")
     parser.add_argument("--version", type=int, choices=[1, 2], help=VERSION_HELP)
+    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, in PEFT's files")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --tgt_folder")
     return parser.parse_args(arguments)
 
@@ -63,6 +65,12 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
     reader = open_checkpoint(arguments.src_folder, mlp=VERSIONS.get(arguments.version))
     config = reader.config
+    if arguments.adapter:
+        if not isinstance(reader, NativeReader):
+            raise UserError("--adapter: checkpoints of 2023 hold no adapters")
+        base = config.ckpt.load_ckpt_info
+        export_adapter(reader, arguments.tgt_folder, base.path if base is not None else "")
+        return
     if arguments.max_pos is not None:
         if arguments.max_pos <= 0:
             raise UserError(f"--max_pos {arguments.max_pos} must be positive")

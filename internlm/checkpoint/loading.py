@@ -16,6 +16,7 @@ from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
 from internlm.config.schema import Config, LoadConfig
 from internlm.core.random import set_rng_state
+from internlm.model.lora import is_adapter
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.state import TrainState
 from internlm.utils.errors import UserError
@@ -165,7 +166,7 @@ class Loader:
             kinds |= {"master", "exp_avg", "exp_avg_sq"}
             self.optimizer.load_state_dict(saved["optimizer"])
         if kinds:
-            self._load_tensors(found, kinds)
+            self._load_tensors(found, kinds, new_adapters=not everything)
         state = self.state.state_dict()
         for key, value in saved["train"].items():
             part = "scheduler" if key == "step_count" else "sampler"
@@ -175,13 +176,15 @@ class Loader:
         if everything:
             self._load_rng(found)
 
-    def _load_tensors(self, found: Found, kinds: set[str]) -> None:
+    def _load_tensors(self, found: Found, kinds: set[str], new_adapters: bool) -> None:
         """Fills this rank's pieces; whoever lacks something tells all ranks, so that none waits for it for ever."""
         problem = None
         try:
             shards = [name for name in found.manifest.files if name.startswith(("model-", "optimizer-"))]
             index = ShardIndex(found.storage, [f"{found.folder}/{name}" for name in shards])
             for piece in self.optimizer.pieces():
+                if is_adapter(piece.name) and new_adapters and piece.name not in index.shapes:
+                    continue
                 if piece.kind in kinds:
                     piece.write(index.read(piece))
         except UserError as error:
@@ -213,7 +216,8 @@ class Loader:
         reader = HFReader(info.path, self.config.model)
         name, value = "", None
         for piece in self.optimizer.pieces():
-            if piece.kind != "param" or not reader.holds(piece.name):  # a router's bias keeps its first value
+            # adapters are new, and a router's bias keeps its first value
+            if piece.kind != "param" or is_adapter(piece.name) or not reader.holds(piece.name):
                 continue
             if piece.name != name:
                 name, value = piece.name, reader.read(piece.name)

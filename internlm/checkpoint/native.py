@@ -21,6 +21,7 @@ from internlm.checkpoint.manifest import (
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
+from internlm.model.lora import merged
 from internlm.solver.pieces import Piece
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -48,7 +49,22 @@ class NativeReader:
         logger.info(f"reading the model of checkpoint {self.path}")
 
     def read(self, name: str) -> Tensor:
-        """The global parameter `name` on the CPU, in the dtype it was trained in."""
+        """The global parameter `name` on the CPU, in the dtype it was trained in; with its adapter, if it has one."""
+        value = self._read(name)
+        place, _, kind = name.rpartition(".")
+        lora = self.config.lora
+        if lora is None or kind != "weight" or not self.has(f"{place}.lora_a"):
+            return value
+        return merged(value, self._read(f"{place}.lora_a"), self._read(f"{place}.lora_b"), lora.scale)
+
+    def names(self) -> list[str]:
+        """All parameters, adapters included."""
+        return list(self._index.shapes)
+
+    def has(self, name: str) -> bool:
+        return name in self._index.shapes
+
+    def _read(self, name: str) -> Tensor:
         shape = self._index.shapes.get(name)
         if shape is None:
             raise UserError(f"{self.path} has no parameter {name}")

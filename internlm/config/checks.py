@@ -127,6 +127,22 @@ def _skip(text: str) -> Problems:
         last = max(last, end)
 
 
+def adapters(config: Config) -> Problems:
+    if config.lora is None:
+        return
+    tensor = config.parallel.tensor
+    if tensor.size > 1 and tensor.mode != "isp":
+        yield (
+            f"lora with parallel.tensor.size = {tensor.size}: adapters are not cut between tensor ranks yet; set 1, "
+            "and share the frozen weights with parallel.weight.size instead"
+        )
+    if config.lora.dropout and config.model.checkpoint:
+        yield (
+            f"lora.dropout = {config.lora.dropout} with model.checkpoint = {config.model.checkpoint}: a recomputed "
+            "block would draw other numbers; set one of them to 0"
+        )
+
+
 def schedule(config: Config) -> Problems:
     lr = config.lr_scheduler
     total = lr.total_steps or config.data.total_steps
@@ -216,6 +232,7 @@ CHECKS: tuple[Callable[[Config], Problems], ...] = (
     heads,
     experts,
     precision,
+    adapters,
     batches,
     schedule,
     checkpoints,

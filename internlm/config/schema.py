@@ -186,6 +186,19 @@ class LoadConfig(Section):
     ckpt_type: Literal["internlm", "hf"] = Field("internlm", description="internlm: our folders; hf: Hugging Face")
 
 
+class LoraConfig(Section):
+    """Adapters: the model is frozen, and small matrices beside its projections are trained."""
+
+    rank: PositiveInt = Field(8, description="inner size of an adapter")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="an adapter's output is multiplied by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of an adapter's inputs left out")
+    target: tuple[str, ...] = Field(("*.attention.w*", "*.feed_forward.w*"), strict=False, description="which ones")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class AdamConfig(Section):
     lr: Annotated[float, Field(ge=0)] = Field(1e-4, description="peak learning rate")
     adam_beta1: Fraction = Field(0.9, description="decay of the first moment")
@@ -356,6 +369,7 @@ class Config(Section):
     model: ModelConfig = Field(description="the transformer")
     data: DataConfig = Field(description="data and batches")
     parallel: ParallelConfig = Field(ParallelConfig(), description="ranks per axis")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the model; None: all of the model")
     hybrid_zero_optimizer: HybridZeroConfig = Field(HybridZeroConfig(), description="the optimizer engine")
     adam: AdamConfig = Field(AdamConfig(), description="AdamW")
     lr_scheduler: LRSchedulerConfig = Field(LRSchedulerConfig(), description="learning rate")

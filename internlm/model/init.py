@@ -39,7 +39,9 @@ def initial_value(
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape, device=device)
-    if name.endswith(".bias"):
+    if name.endswith(".lora_a"):  # uniform with the bound 1 / sqrt(inputs), as PEFT begins
+        return _draw(name, prod(shape), seed, "uniform").div_(sqrt(3 * shape[-1])).view(shape).to(device)
+    if name.endswith((".bias", ".lora_b")):
         return torch.zeros(shape, device=device)
     kind = config.init_type if config.init == "internlm2" else "normal"
     return _draw(name, prod(shape), seed, kind).mul_(initial_std(name, config)).view(shape).to(device)

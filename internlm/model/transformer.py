@@ -14,6 +14,7 @@ from internlm.model.attention import Attention, KVCache, LayerCache
 from internlm.model.batch import Batch
 from internlm.model.feed_forward import FeedForward
 from internlm.model.layers import Embedding, Head, RMSNorm
+from internlm.model.lora import add_adapters
 from internlm.model.moe import MoE
 from internlm.ops.cross_entropy import LossOutput
 from internlm.ops.rotary import rotary_tables
@@ -112,6 +113,9 @@ class Transformer(nn.Module):
 
 
 def build_model(config: Config, device: torch.device | str = "meta") -> Transformer:
-    """The run's model with uninitialised parameters on `device`; on "meta" it takes no memory."""
+    """The run's model, with its adapters, and with uninitialised parameters on `device`; "meta" takes no memory."""
     with torch.device(device):
-        return Transformer(config.model, config.use_fp32_norm)
+        model = Transformer(config.model, config.use_fp32_norm)
+        if config.lora is not None:
+            add_adapters(model, config.lora)
+        return model

@@ -1,8 +1,9 @@
 """Units and their flat buffers: who lies where.
 
 A unit is what is gathered, reduced and updated at once: a transformer block, the embedding, the head. Where a module
-mixes dtypes, or parameters that different ranks share, it has a unit for each. All parameters of a unit lie in one flat
-buffer, so that a collective moves one piece of memory and nothing is copied in or out.
+mixes dtypes, frozen and trained parameters, or parameters that different ranks share, it has a unit for each. All
+parameters of a unit lie in one flat buffer, so that a collective moves one piece of memory and nothing is copied in or
+out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ class UnitLayout:
     size: int  # elements, padded so that every shard of every axis is aligned
     decay_stop: int  # weight decay applies to [0, decay_stop)
     modules: tuple[str, ...]  # whose forward uses it
+    trainable: bool = True  # else it has parameters only: no gradients, no optimizer states
 
 
 def plan_units(
@@ -72,20 +74,24 @@ def plan_units(
     units = []
     for module in modules:
         users = (module, modules[-1]) if shared and module == modules[0] else (module,)
-        groups: dict[tuple[int, str], list[Slot]] = {}
+        groups: dict[tuple[bool, int, str], list[Slot]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for inner, parameter in model.get_submodule(module).named_parameters():
             name, shape = f"{module}.{inner}", tuple(parameter.shape)
             placement = (placements or {}).get(name, whole(shape))
-            key = (KINDS.index(_kind(placement, tensor_size)), str(parameter.dtype).removeprefix("torch."))
-            dtypes[key[1]] = parameter.dtype
+            dtype_name = str(parameter.dtype).removeprefix("torch.")
+            key = (parameter.requires_grad, KINDS.index(_kind(placement, tensor_size)), dtype_name)
+            dtypes[dtype_name] = parameter.dtype
             groups.setdefault(key, []).append(Slot(name, shape, 0, prod(shape), placement))
-        for kind_index, dtype_name in sorted(groups):
+        mixed = len({trainable for trainable, _, _ in groups}) > 1
+        for trainable, kind_index, dtype_name in sorted(groups):
             kind = KINDS[kind_index]
             suffix = f":{dtype_name}" if len(dtypes) > 1 else ""
-            suffix += f":{kind}" if len({index for index, _ in groups}) > 1 and kind != "dense" else ""
-            slots = groups[kind_index, dtype_name]
-            units.append(_layout(module + suffix, kind, dtypes[dtype_name], slots, num_shards[kind], no_decay, users))
+            suffix += f":{kind}" if len({index for _, index, _ in groups}) > 1 and kind != "dense" else ""
+            suffix += ":frozen" if mixed and not trainable else ""
+            slots, dtype = groups[trainable, kind_index, dtype_name], dtypes[dtype_name]
+            layout = _layout(module + suffix, kind, dtype, slots, num_shards[kind], no_decay, users)
+            units.append(replace(layout, trainable=trainable))
     return units
 
 

@@ -155,7 +155,7 @@ class HybridZero:
             if modules is not None and unit.modules.isdisjoint(modules):
                 continue
             unit.num_ended += 1
-            if unit.num_complete < unit.num_ended:  # parameters without a gradient this time
+            if unit.layout.trainable and unit.num_complete < unit.num_ended:  # parameters without a gradient this time
                 unit.clear_missing()
                 self._on_unit_complete(unit)
             self._drop(unit)
@@ -176,7 +176,7 @@ class HybridZero:
         self.wait()
         for unit in self.units:
             unit.add_other_end()
-        counted = (unit.owned_grad for unit in self.units if unit.counts)
+        counted = (unit.owned_grad for unit in self.units if unit.layout.trainable and unit.counts)
         return global_norm(counted, self.mesh) / self.scaler.scale
 
     def _update_and_gather(self, norm: Tensor, ok: Tensor, lr: float, beta2: float) -> None:
@@ -190,6 +190,8 @@ class HybridZero:
             ok=ok,
         )
         for unit in self.units:
+            if not unit.layout.trainable:
+                continue
             adamw_(
                 unit.owned,
                 unit.owned_grad,
@@ -223,7 +225,7 @@ class HybridZero:
         for index, unit in enumerate(self.units):
             for name in unit.layout.modules:
                 users.setdefault(name, []).append(index)
-            for slot in unit.layout.slots:
+            for slot in unit.layout.slots if unit.layout.trainable else ():
                 hook = partial(_weakly_on_grad, weakref.ref(self), index, slot)
                 unit.parameters[slot.name].register_post_accumulate_grad_hook(hook)
         for name, indices in users.items():
@@ -252,6 +254,9 @@ class HybridZero:
                 leaf.register_hook(partial(self._before_backward, indices))
 
     def _before_backward(self, indices: list[int], grad: Tensor) -> None:
+        for unit in self.units[max(indices) + 1 :]:  # what comes later in forward is done; trained units know it
+            if not unit.layout.trainable:
+                self._drop(unit)
         for index in indices:
             self._use(self.units[index])
         if min(indices) > 0:

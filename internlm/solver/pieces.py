@@ -33,14 +33,16 @@ def pieces_of(unit: Unit, slot: Slot) -> Iterator[Piece]:
     low, high = max(slot.start, start), min(slot.stop, stop)
     if low >= high:
         return
-    buffers = {"param": unit.owned, "exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
+    buffers = {"param": unit.owned}
+    if unit.layout.trainable:
+        buffers |= {"exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
     for part_box, first, last in boxes_of_interval(slot.shape, low - slot.start, high - slot.start):
         place, shape = (first + slot.start - start, last + slot.start - start), box_shape(part_box)
         box, whole = shifted(part_box, slot.placement.box), slot.placement.shape
         for kind, buffer in buffers.items():
             part = buffer[slice(*place)].view(shape)
             yield Piece(slot.name, kind, whole, box, unit.counts, partial(_identity, part), partial(_copy_to, part))
-        if unit.layout.dtype != torch.float32:
+        if unit.layout.trainable and unit.layout.dtype != torch.float32:
             read, write = partial(_read_master, unit, place, shape), partial(_write_master, unit, place)
             yield Piece(slot.name, "master", whole, box, unit.counts, read, write)
 

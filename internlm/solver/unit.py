@@ -73,12 +73,14 @@ class Unit:
         self.shard = torch.zeros(layout.size // p, dtype=layout.dtype, device=device) if self.sharded else self.full
         self.owned = own_chunk(own_chunk(self.shard, self.grad_group), self.optim_group)
         self.owned_start, _ = owned_interval(layout.size, axes)
-        self.grads = torch.zeros(layout.size // g, dtype=grad_dtype, device=device)
+        trainable = layout.trainable
+        self.grads = torch.zeros(layout.size // g if trainable else 0, dtype=grad_dtype, device=device)
 
-        count = self.owned.numel()
+        count = self.owned.numel() if trainable else 0
         is_fp32 = layout.dtype == torch.float32
-        self.remainder = torch.zeros(count, dtype=torch.int16, device=device) if split and not is_fp32 else None
-        self.master = torch.zeros(count, device=device) if not split and not is_fp32 else None
+        has_master = trainable and not is_fp32
+        self.remainder = torch.zeros(count, dtype=torch.int16, device=device) if split and has_master else None
+        self.master = torch.zeros(count, device=device) if not split and has_master else None
         self.exp_avg = torch.zeros(count, dtype=moment_dtype, device=device)
         self.exp_avg_sq = torch.zeros(count, dtype=moment_dtype, device=device)
 

@@ -91,6 +91,8 @@ def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, in
     engine = config.hybrid_zero_optimizer
     master = 0 if layout.dtype == torch.float32 else 2 if engine.master == "split" else 4
     moment = torch_dtype(engine.moment_dtype).itemsize
+    if not layout.trainable:
+        return layout.size // p * layout.dtype.itemsize, 0, 0, 0
     return (
         layout.size // p * layout.dtype.itemsize,
         layout.size // g * _grad_dtype(config, layout).itemsize,

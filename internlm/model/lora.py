@@ -1,0 +1,56 @@
+"""LoRA: small trained matrices beside frozen projections (Hu et al., 2021).
+
+y = W x + b + alpha / rank * B A dropout(x), where A is [rank, in] and B [*out, rank] starts at zero, so that training
+begins at the base model. Where ours is one fused projection and others have several (q, k, v), these share A.
+"""
+
+from fnmatch import fnmatch
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.config.schema import LoraConfig
+from internlm.model.layers import Linear
+from internlm.utils.errors import UserError
+
+NAMES = ("lora_a", "lora_b")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return name.rpartition(".")[2] in NAMES
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
+    """Freezes `model` and puts adapters beside the projections that `lora.target` names.
+
+    Raises UserError for a pattern without a match.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    unmatched = [pattern for pattern in lora.target if not any(fnmatch(name, pattern) for name in linears)]
+    if unmatched:
+        kinds = sorted({name.split(".", 2)[-1] for name in linears})
+        raise UserError(f"lora.target: {', '.join(unmatched)} matches no projection; there are {', '.join(kinds)}.")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if any(fnmatch(name, pattern) for pattern in lora.target):
+            weight = linear.weight
+            linear.lora_a = nn.Parameter(weight.new_empty(lora.rank, weight.shape[-1]))
+            linear.lora_b = nn.Parameter(weight.new_empty(*linear.out_shape, lora.rank))
+            linear.forward = partial(_forward, linear, lora.scale, lora.dropout)  # type: ignore[method-assign]
+
+
+def _forward(linear: Linear, scale: float, dropout: float, x: Tensor) -> Tensor:
+    """x [tokens, in] -> [tokens, *out]."""
+    low = F.linear(F.dropout(x, dropout, linear.training), linear.lora_a)  # [tokens, rank]
+    update = F.linear(low, linear.lora_b.view(prod(linear.out_shape), -1)).unflatten(-1, linear.out_shape)
+    return Linear.forward(linear, x) + scale * update
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """The weight that does what weight and adapter do together, in the weight's dtype; computed in fp32."""
+    update = torch.tensordot(lora_b.float(), lora_a.float(), 1)
+    return (weight.float() + scale * update).to(weight.dtype)

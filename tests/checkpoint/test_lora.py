@@ -1,0 +1,115 @@
+"""Adapters: trained over every ZeRO class as on one rank, saved as PEFT's files, merged into exports."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm.apis.generate import load_model
+from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.peft import export_adapter
+from internlm.config.checks import find_problems
+from internlm.config.schema import LoraConfig
+from internlm.model.batch import Batch, Segments
+from internlm.model.lora import add_adapters, is_adapter
+from internlm.model.transformer import build_model
+from internlm.utils.errors import UserError
+from tests.checkpoint.runs import Chain, contents, run_config, train
+from tests.pool import run_ranks
+
+LORA = {"rank": 4, "alpha": 8.0}
+ADAM = {"lr": 0.05, "weight_decay": 0.0}
+
+
+def run(folder: Path, chain: Chain, world_size: int, **sections: Any) -> dict[str, list[Any]]:
+    config = run_config(chain, world_size, 6, **{"lora": LORA, "adam": ADAM, **sections})
+    return run_ranks(world_size, train, config, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained base model."""
+    folder = tmp_path_factory.mktemp("base")
+    run_ranks(1, train, run_config((1, 1, 1), 1, 3, adam={"lr": 0.02, "weight_decay": 0.0}), folder)
+    return folder / "checkpoints" / "3"
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("tuned")
+    return folder, run(folder, (1, 1, 1), 1, ckpt={"load_ckpt_info": {"path": str(base)}})["losses"]
+
+
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    row = torch.tensor(ids)
+    with torch.no_grad():
+        return model(Batch(row, row, torch.arange(len(ids)), Segments.of((len(ids),))))
+
+
+IDS = [1, 5, 9, 40, 3, 3, 7, 22]
+
+
+def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: tuple[Path, list[float]], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = tuned
+    ours, _ = load_model(folder, "cpu")
+    reader, base_reader = NativeReader(folder), NativeReader(base)
+    layers = [name for name in reader.names() if is_adapter(name)]
+    assert len(layers) == 2 * 4 * 2 and all(reader.read(name).abs().sum() > 0 for name in layers)
+    # o_proj has no bias while q, k, v have: no Hugging Face layout but qwen2's holds that
+    export_hf(base_reader.read, base_reader.config, tmp_path / "base", dtype="float32")
+    export_adapter(reader, tmp_path / "adapter", str(tmp_path / "base"))
+    export_hf(reader.read, reader.config, tmp_path / "merged", dtype="float32")
+    expected = logits_of(ours, IDS)
+    before, _ = load_model(base, "cpu")
+    assert (logits_of(before, IDS) - expected).abs().max() > 0.1
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    for model in (
+        PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(model(torch.tensor([IDS])).logits[0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_base_stays_as_it_was(base: Path, tuned: tuple[Path, list[float]]) -> None:
+    folder, losses = tuned
+    assert len(set(losses)) == 6  # the data are random, but something was learnt of them
+    before, after = contents(base)["tensors"], contents(folder / "checkpoints" / "6")["tensors"]
+    for (name, kind), bits in after.items():
+        if not is_adapter(name):
+            assert kind == "param" and bits == before[name, "param"]  # no optimizer state at all
+
+
+@pytest.mark.parametrize(("world_size", "chain"), [(2, (1, 1, 2)), (2, (2, 2, 2)), (4, (1, 2, 4)), (4, (2, 2, 4))])
+def test_every_zero_class_trains_as_one_rank(
+    base: Path, tuned: tuple[Path, list[float]], tmp_path: Path, world_size: int, chain: Chain
+) -> None:
+    load = {"load_ckpt_info": {"path": str(base)}}
+    losses = run(tmp_path, chain, world_size, ckpt=load)["losses"]
+    assert losses == pytest.approx(tuned[1], rel=1e-5)
+
+
+def test_a_killed_run_goes_on_bit_by_bit(base: Path, tmp_path: Path) -> None:
+    sections = {"model": {"dtype": "torch.bfloat16"}, "lora": LORA, "adam": ADAM}
+    sections["ckpt"] = {"load_ckpt_info": {"path": str(base)}, "checkpoint_every": 3}
+    config = run_config((2, 2, 2), 2, 6, **sections)
+    whole = run_ranks(2, train, config, tmp_path / "whole")[0]["losses"]
+    first = run_ranks(2, train, config, tmp_path / "parts", 3)[0]["losses"]
+    rest = run_ranks(2, train, config, tmp_path / "parts")[0]["losses"]
+    assert first + rest == whole
+
+
+def test_refusals() -> None:
+    model = build_model(run_config((1, 1, 1), 1))
+    with pytest.raises(UserError, match=r"lora.target: \*\.mlp matches no projection; there are attention.wo"):
+        add_adapters(model, LoraConfig(target=("*.mlp", "*.attention.wqkv")))
+    config = run_config(
+        (1, 1, 1), 2, lora={"dropout": 0.1}, model={"checkpoint": True}, parallel={"tensor": {"size": 2}}
+    )
+    problems = "\n".join(find_problems(config, 2))
+    assert "adapters are not cut between tensor ranks" in problems and "would draw other numbers" in problems
