@@ -45,8 +45,9 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
 
 def _forward(linear: Linear, scale: float, dropout: float, x: Tensor) -> Tensor:
     """x [tokens, in] -> [tokens, *out]."""
-    low = F.linear(F.dropout(x, dropout, linear.training), linear.lora_a)  # [tokens, rank]
-    update = F.linear(low, linear.lora_b.view(prod(linear.out_shape), -1)).unflatten(-1, linear.out_shape)
+    lora_a, lora_b = (linear.get_parameter(name) for name in NAMES)
+    low = F.linear(F.dropout(x, dropout, linear.training), lora_a)  # [tokens, rank]
+    update = F.linear(low, lora_b.view(prod(linear.out_shape), -1)).unflatten(-1, linear.out_shape)
     return Linear.forward(linear, x) + scale * update
 
 

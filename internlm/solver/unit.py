@@ -190,7 +190,7 @@ class Unit:
 
         Not in `reduce`: the last stage is there before the first one has seen a gradient, and would wait for it.
         """
-        if self.ends is not None:
+        if self.ends is not None and self.layout.trainable:
             add_other_end_(self.owned_grad, self.ends)
 
     @property
