@@ -26,7 +26,7 @@ follow InternLM's Hybrid ZeRO and AMSP (Chen et al., 2023).
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -176,7 +176,7 @@ class HybridZero:
         self.wait()
         for unit in self.units:
             unit.add_other_end()
-        counted = (unit.owned_grad for unit in self.units if unit.layout.trainable and unit.counts)
+        counted = (unit.owned_grad for unit in self.trained if unit.counts)
         return global_norm(counted, self.mesh) / self.scaler.scale
 
     def _update_and_gather(self, norm: Tensor, ok: Tensor, lr: float, beta2: float) -> None:
@@ -189,9 +189,7 @@ class HybridZero:
             grad_factor=clip_factor(norm, self.clip_grad_norm) / self.scaler.scale,
             ok=ok,
         )
-        for unit in self.units:
-            if not unit.layout.trainable:
-                continue
+        for unit in self.trained:
             adamw_(
                 unit.owned,
                 unit.owned_grad,
@@ -254,9 +252,8 @@ class HybridZero:
                 leaf.register_hook(partial(self._before_backward, indices))
 
     def _before_backward(self, indices: list[int], grad: Tensor) -> None:
-        for unit in self.units[max(indices) + 1 :]:  # what comes later in forward is done; trained units know it
-            if not unit.layout.trainable:
-                self._drop(unit)
+        for unit in filter(lambda unit: not unit.layout.trainable, self.units[max(indices) + 1 :]):
+            self._drop(unit)  # frozen, so no gradient said that its backward is done
         for index in indices:
             self._use(self.units[index])
         if min(indices) > 0:
@@ -362,12 +359,11 @@ class HybridZero:
         updated = [piece for unit in self.units for slot in unit.layout.slots for piece in pieces_of(unit, slot)]
         return [*updated, *pieces_of_buffers(self.buffers, self.mesh)]
 
-    def loaded(self, kinds: Iterable[str]) -> None:
+    def loaded(self, kinds: Collection[str]) -> None:
         """To be called after pieces were written: makes masters and parameters of all ranks agree. Collective."""
-        if "master" not in set(kinds):
-            for unit in self.units:
-                unit.reset_master()
         for unit in self.units:
+            if "master" not in kinds:
+                unit.reset_master()
             self._gather_updates(unit)
         self.wait()
 
