@@ -103,6 +103,7 @@ class HybridZero:
         layouts = plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self.buffers = materialise_buffers(model, value_of, mesh.device)
+        self.trained = [unit for unit in self.units if unit.layout.trainable]
         self._install_hooks(model)
         logger.info("hybrid zero over %s: %s", dict(mesh.dense.sizes), _in_gib(self.memory()))
 
