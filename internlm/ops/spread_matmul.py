@@ -4,7 +4,6 @@ Two paths with the same result up to the order of sums: a collective beside a GE
 reach each other's memory, torch's symmetric-memory operators, which send chunk by chunk while they multiply.
 """
 
-import os
 from functools import cache
 
 import torch
@@ -38,7 +37,7 @@ def _is_fused(device_type: str, group: Group) -> bool:
     """Whether the group's GPUs can read each other's memory: all in this node, with a peer path between them."""
     if device_type != "cuda":
         return False
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count()))
+    here = torch.cuda.device_count()  # one rank a GPU, nodes in order
     ranks = dist.get_process_group_ranks(group)
     own = torch.cuda.current_device()
     peers = {rank % here for rank in ranks} - {own}
