@@ -4,6 +4,7 @@ Two paths with the same result up to the order of sums: a collective beside a GE
 reach each other's memory, torch's symmetric-memory operators, which send chunk by chunk while they multiply.
 """
 
+import importlib
 from functools import cache
 
 import torch
@@ -44,5 +45,7 @@ def _is_fused(device_type: str, group: Group) -> bool:
     fused = len({rank // here for rank in ranks}) == 1 and all(
         torch.cuda.can_device_access_peer(own, peer) for peer in peers
     )
+    if fused:
+        importlib.import_module("torch.distributed._symmetric_memory")  # registers the operators
     logger.info("matrix products between %d ranks: %s", len(ranks), "symmetric memory" if fused else "plain")
     return fused
