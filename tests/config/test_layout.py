@@ -63,6 +63,12 @@ MOE: Sections = {"num_experts": 6, "moe": {"top_k": 2}}
             4,
             ("width of shared experts = 30", "(30 = 7 * 4 + 2)"),
         ),
+        (
+            {"pipeline": {"size": 2, "schedule": "zbv"}},
+            {**MOE, "num_layers": 4},
+            8,
+            ('parallel.pipeline.schedule = "zbv"', "model.num_experts = 6", 'set "1f1b"', "model.checkpoint=True"),
+        ),
         ({"tensor": {"size": -1}}, {}, 8, ("parallel.tensor.size = -1: expected a number of ranks",)),
     ],
 )

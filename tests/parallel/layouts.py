@@ -70,7 +70,11 @@ DENSE_TOGETHER: dict[str, Layout] = {
 MOE_TOGETHER: dict[str, Layout] = {
     "D-U-T-E mtp zero1": Layout(8, {**context(ulysses=2), **tensor(2), **experts(4), **zero(1, 1, 4)}, MOE),
     "P-D-T-E 1f1b msp zero3": Layout(8, {**pipeline(2), **tensor(2, "msp"), **experts(2), **zero(2, 2, 2)}, MOE),
-    "P-R-T-E dualpipev mtp": Layout(8, {**pipeline(2, "dualpipev"), **context(ring=2), **tensor(2), **experts(4)}, MOE),
-    "P-D-U-E zbv zero2": Layout(8, {**pipeline(2, "zbv"), **context(ulysses=2), **experts(2), **zero(1, 2, 4)}, MOE),
+    "P-R-T-E interleaved mtp": Layout(
+        8,
+        {**pipeline(2, "interleaved"), **context(ring=2), **tensor(2), **experts(4)},
+        {**MOE, "model": {**MOE["model"], **CHUNKS["model"]}},
+    ),
+    "P-D-U-E 1f1b zero2": Layout(8, {**pipeline(2), **context(ulysses=2), **experts(2), **zero(1, 2, 4)}, MOE),
     "D-R-U-E ddp": Layout(8, {**context(2, 2), **experts(8), **zero(1, 1, 1)}, MOE),
 }
