@@ -14,17 +14,8 @@ from typing import Any, Protocol
 from internlm.checkpoint.hf_tokenizer import fast_tokenizer
 from internlm.config.schema import ModelConfig
 from internlm.data.encoder import load_model
+from internlm.data.tokenizer import INTERNLM2_NAMES
 from internlm.utils.errors import UserError
-
-# Names in the chat models that InternLM released -> pieces of the sentencepiece model.
-INTERNLM2_NAMES = {
-    "<|plugin|>": "[UNUSED_TOKEN_141]",
-    "<|interpreter|>": "[UNUSED_TOKEN_142]",
-    "<|action_end|>": "[UNUSED_TOKEN_143]",
-    "<|action_start|>": "[UNUSED_TOKEN_144]",
-    "<|im_end|>": "[UNUSED_TOKEN_145]",
-    "<|im_start|>": "[UNUSED_TOKEN_146]",
-}
 
 
 class Tokenizer(Protocol):

@@ -50,6 +50,8 @@ def tensor(config: Config) -> Problems:
     ):
         if number % ranks:
             yield f"{not_divided(what, number, key, ranks)}; {unit}. Set {key} to one of {divisors(number)}"
+    if model.fp8:
+        yield f"model.fp8 = True: the products of {key} = {ranks} tensor ranks have no 8-bit form; turn one off"
     row = data.seq_len * data.micro_bsz // _parts_of_a_row(parallel)
     if parallel.tensor.mode != "mtp" and row % ranks:
         yield (

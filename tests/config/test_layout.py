@@ -69,6 +69,12 @@ MOE: Sections = {"num_experts": 6, "moe": {"top_k": 2}}
             8,
             ('parallel.pipeline.schedule = "zbv"', "model.num_experts = 6", 'set "1f1b"', "model.checkpoint=True"),
         ),
+        (
+            {"tensor": {"size": 2}},
+            {"fp8": True},
+            8,
+            ("model.fp8 = True", "parallel.tensor.size = 2", "turn one off"),
+        ),
         ({"tensor": {"size": -1}}, {}, 8, ("parallel.tensor.size = -1: expected a number of ranks",)),
     ],
 )
