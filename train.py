@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import check
 from internlm.config.loader import load_config
 from internlm.core.launch import launch
@@ -25,6 +26,7 @@ from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train import dry_run
 from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, start_logging, user_errors
+from internlm.train.preference import PreferenceLoss
 from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         placements = parallelize(model, config, mesh)
         initial = partial(initial_value, config=config.model, seed=config.seed)
         optimizer = HybridZero(model, config, mesh, initial, placements)
-        schedule = build_schedule(model, optimizer, config, mesh)
+        objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
+        schedule = build_schedule(model, optimizer, config, mesh, objective)
 
         state = TrainState()
         checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)

@@ -90,11 +90,11 @@ def batches(config: Config) -> Problems:
         yield from _rampup(data.rampup_batch_size, data.micro_num)
     if data.skip_batches:
         yield from _skip(data.skip_batches)
-    if data.type in ("text", "chat") and data.tokenizer_path is None:
+    if data.type in ("text", "chat", "preference") and data.tokenizer_path is None:
         yield f'data.type = "{data.type}" needs data.tokenizer_path, a sentencepiece model'
     if data.pack_sample_into_one and data.packing not in (None, "cut"):
         yield f'data.pack_sample_into_one = True joins samples, data.packing = "{data.packing}" parts them; keep one'
-    if data.type in ("text", "chat", "megatron") and data.train_folder is None:
+    if data.type in ("text", "chat", "preference", "megatron") and data.train_folder is None:
         yield f'data.type = "{data.type}" needs data.train_folder'
 
 
@@ -143,6 +143,25 @@ def adapters(config: Config) -> Problems:
         )
 
 
+def preference(config: Config) -> Problems:
+    data, parallel = config.data, config.parallel
+    if (config.dpo is None) != (data.type != "preference"):
+        yield f'data.type = "{data.type}" with dpo = {config.dpo}: "preference" and a dpo section belong together'
+    if config.dpo is None:
+        return
+    if data.micro_bsz < 2:
+        yield f"data.micro_bsz = {data.micro_bsz}: a row holds whole pairs of samples up to seq_len; set 2 or more"
+    if data.long_samples == "split" or data.packing is not None or data.min_length or data.valid_folder is not None:
+        yield "dpo: long_samples = split, packing, min_length and valid_folder do not go with pairs; leave them out"
+    if config.loss.label_smoothing or config.loss.reduction != "token":
+        yield "dpo: the loss section does not apply to pairs; leave it out"
+    if config.ckpt.load_ckpt_info is None:
+        yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set"
+    sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("pipeline", "ring", "ulysses")}
+    if set(sizes.values()) != {1}:
+        yield f"dpo: an answer's log-probability is summed on one rank, but parallel has {sizes}; set all to 1"
+
+
 def schedule(config: Config) -> Problems:
     lr = config.lr_scheduler
     total = lr.total_steps or config.data.total_steps
@@ -186,7 +205,7 @@ def files(config: Config) -> Problems:
                 yield from _folder(f"data.{key}", path)
         yield from _mixture(config)
     tokenizer = data.tokenizer_path
-    folder_allowed = data.type == "chat"
+    folder_allowed = data.type in ("chat", "preference")
     if tokenizer is not None and is_local(tokenizer) and not _is_there(Path(tokenizer), folder_allowed):
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file"
     for key, folder in (("run_dir", config.run_dir), ("ckpt.save_ckpt_folder", config.ckpt.save_ckpt_folder)):
@@ -233,6 +252,7 @@ CHECKS: tuple[Callable[[Config], Problems], ...] = (
     experts,
     precision,
     adapters,
+    preference,
     batches,
     schedule,
     checkpoints,

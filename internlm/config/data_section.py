@@ -10,11 +10,11 @@ from internlm.config.section import PositiveInt, Section
 class DataConfig(Section):
     """What is read, how it is packed, and in which order."""
 
-    type: Literal["tokenized", "text", "chat", "megatron", "synthetic"] = Field(
+    type: Literal["tokenized", "text", "chat", "preference", "megatron", "synthetic"] = Field(
         "tokenized",
         description="tokenized: .bin/.meta folders; text: txt/jsonl tokenised at the start; "
-        "chat: jsonl/json/parquet/arrow of conversations, answers are trained on; megatron: .bin/.idx; "
-        "synthetic: random tokens",
+        "chat: jsonl/json/parquet/arrow of conversations, answers are trained on; preference: pairs, for dpo; "
+        "megatron: .bin/.idx; synthetic: random tokens",
     )
     train_folder: str | None = Field(None, description="folder of the training data; None: the 2023 dummy data")
     valid_folder: str | None = Field(None, description="folder of the validation sets; None: no validation data")

@@ -199,6 +199,12 @@ class LoraConfig(Section):
         return self.alpha / self.rank
 
 
+class DpoConfig(Section):
+    """Preference tuning; the reference is the model of `ckpt.load_ckpt_info`."""
+
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the model is held to the reference")
+
+
 class AdamConfig(Section):
     lr: Annotated[float, Field(ge=0)] = Field(1e-4, description="peak learning rate")
     adam_beta1: Fraction = Field(0.9, description="decay of the first moment")
@@ -370,6 +376,7 @@ class Config(Section):
     data: DataConfig = Field(description="data and batches")
     parallel: ParallelConfig = Field(ParallelConfig(), description="ranks per axis")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the model; None: all of the model")
+    dpo: DpoConfig | None = Field(None, description="train on pairs of answers (data.type=preference)")
     hybrid_zero_optimizer: HybridZeroConfig = Field(HybridZeroConfig(), description="the optimizer engine")
     adam: AdamConfig = Field(AdamConfig(), description="AdamW")
     lr_scheduler: LRSchedulerConfig = Field(LRSchedulerConfig(), description="learning rate")

@@ -18,7 +18,7 @@ import numpy as np
 from internlm.config.schema import DataConfig
 from internlm.data.chat_template import ChatTemplate, find_template, template_of, with_marks
 from internlm.data.formats import Int64s, MegatronFile
-from internlm.data.records import PlainText, Record, parse_line, record_of
+from internlm.data.records import PlainText, Record, pair_of, parse_line, record_of
 from internlm.data.text import cached, content_hash
 from internlm.data.tokenize import Encoded, Piece, in_processes, line_number, pieces_of, texts_of
 from internlm.data.tokenizer import ChatTokenizer, Encoding, open_chat_tokenizer, tokenizer_files
@@ -43,6 +43,7 @@ class ChatRecipe:
     train_on: TrainOn
     max_length: int
     long_samples: LongSamples | None  # None: a long sample is an error
+    pairs: bool = False  # records hold a chosen and a rejected answer, which become two samples, one behind the other
 
 
 class ChatEncoder:
@@ -149,7 +150,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
             f"chat template {template.name} ends answers with {stop}, which is not one token of {path}: "
             "check that template and tokenizer belong together"
         )
-    return ChatRecipe(path, template, data.train_on, data.seq_len, data.long_samples)
+    return ChatRecipe(path, template, data.train_on, data.seq_len, data.long_samples, data.type == "preference")
 
 
 def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
@@ -158,7 +159,7 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     parts = (
         *("chat", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
-        *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples)),
+        *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples), str(recipe.pairs)),
     )
     entry = cached(path, parts, lambda workers: encode_chats(path, recipe, workers))
     file = ChatFile(entry, min_length)
@@ -198,10 +199,13 @@ def _piece_encoder(recipe: ChatRecipe) -> Callable[[Piece], Encoded]:
             if not line.strip():
                 continue
             try:
-                pieces = encoder.fitted(encoder.encode(record_of(parse_line(line))), counts)
+                value = parse_line(line)
+                records = pair_of(value) if recipe.pairs else (record_of(value),)
+                fitted = [encoder.fitted(encoder.encode(record), counts) for record in records]
             except UserError as error:
                 raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
-            samples += [str(ids.tolist())[1:-1] for ids in pieces]
+            if all(fitted):  # a pair stays or goes as a whole
+                samples += [str(ids.tolist())[1:-1] for pieces in fitted for ids in pieces]
         return Encoded(samples, piece.end, counts)
 
     return encode

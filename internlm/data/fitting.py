@@ -4,6 +4,7 @@
 """
 
 from bisect import bisect_left, insort
+from dataclasses import replace
 
 import numpy as np
 
@@ -74,3 +75,18 @@ class UnpackedFile(_WholeRows):
         samples = self.options.row_length // self.options.seq_len
         count = min(self.num_tokens // self.options.row_length, len(order) // samples)
         return list(order[: count * samples].reshape(count, samples))
+
+
+class PairedFile(_WholeRows):
+    """Whole pairs of samples that follow each other; `num_trained` counts pairs, not tokens."""
+
+    def _rows(self, order: Int64s) -> list[Int64s]:
+        pairs = order[order % 2 == 0]  # by their first samples
+        lengths = self.file.lengths[pairs] + self.file.lengths[pairs + 1]
+        return [
+            np.stack((pairs[row], pairs[row] + 1), axis=1).flatten()
+            for row in best_fit(lengths, self.options.row_length)
+        ]
+
+    def __getitem__(self, index: int) -> Row:
+        return replace(super().__getitem__(index), num_trained=len(self.rows[index]) // 2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from internlm.config.schema import Config
-from internlm.data.fitting import FittedFile, UnpackedFile
+from internlm.data.fitting import FittedFile, PairedFile, UnpackedFile
 from internlm.data.formats import SampleFile
 from internlm.data.mixture import MixtureOrder
 from internlm.data.packing import PackedFile, Packing, PackOptions, Row, WholeSamples
@@ -82,8 +82,8 @@ class TrainRows:
 
     def __init__(self, sources: Sources, options: PackOptions) -> None:
         self.type_names = sources.type_names
-        kinds: dict[Packing, type[PackedFile] | type[FittedFile] | type[UnpackedFile]]
-        kinds = {"cut": PackedFile, "fit": FittedFile, "unpacked": UnpackedFile}
+        kinds: dict[Packing, type[PackedFile] | type[FittedFile] | type[UnpackedFile] | type[PairedFile]]
+        kinds = {"cut": PackedFile, "fit": FittedFile, "unpacked": UnpackedFile, "pairs": PairedFile}
         pack = kinds[options.packing]
         self.files = [
             pack(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
@@ -253,7 +253,8 @@ class ValidLoader:
 def pack_options(config: Config) -> PackOptions:
     """How the rows of a run are made."""
     data = config.data
-    packing = data.packing or ("fit" if data.type == "chat" else "cut")
+    by_type: dict[str, Packing] = {"chat": "fit", "preference": "pairs"}
+    packing = data.packing or by_type.get(data.type, "cut")
     row_length = data.seq_len * data.micro_bsz
     return PackOptions(data.seq_len, row_length, config.model.vocab_size, data.pack_sample_into_one, packing)
 

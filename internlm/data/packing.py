@@ -16,7 +16,7 @@ from internlm.model.batch import IGNORE_INDEX
 
 SHUFFLE_SEED = 1024  # of the samples inside a file; fixed in 2023, so that one folder always makes the same rows
 
-Packing = Literal["cut", "fit", "unpacked"]  # what happens to a sample at the end of a row: see data.packing
+Packing = Literal["cut", "fit", "unpacked", "pairs"]  # what happens to a sample at the end of a row: see data.packing
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _opener(data: DataConfig, vocab_size: int) -> tuple[tuple[str, ...], Callabl
         return (".bin",), TokenizedFile
     if data.type == "megatron":
         return (".idx",), MegatronFile
-    if data.type == "chat":
+    if data.type in ("chat", "preference"):
         recipe = recipe_of(data, vocab_size)
         return CHAT_SUFFIXES, lambda path, min_length: open_chat(recipe, path, min_length)
     if not data.tokenizer_path:

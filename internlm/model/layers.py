@@ -81,11 +81,12 @@ class Head(nn.Module):
         label_smoothing: float = 0.0,
         upstream: float = 1.0,
         z_loss: float = 0.0,
+        token_weights: Tensor | None = None,
     ) -> Tensor | LossOutput:
         """x [tokens, hidden] -> logits [tokens, vocab], or the loss against `labels` int64 [tokens].
 
         `tied_weight` is the embedding's weight when word embeddings are tied; without that the head owns one.
-        `upstream`, `z_loss`: see `linear_cross_entropy`.
+        `upstream`, `z_loss`, `token_weights`: see `linear_cross_entropy`.
         """
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "a head without a weight of its own is given the embedding's"
@@ -95,7 +96,9 @@ class Head(nn.Module):
         x = self.norm(x, weight.dtype)
         if labels is None:
             return F.linear(x, weight)
-        return self.cross_entropy(x, weight, labels, label_smoothing, upstream=upstream, z_loss=z_loss)
+        return self.cross_entropy(
+            x, weight, labels, label_smoothing, upstream=upstream, z_loss=z_loss, token_weights=token_weights
+        )
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -4,7 +4,7 @@ A packed row in, logits or loss out. `embedding`, each of `layers` and `head` ar
 parameters, so that whoever shards, recomputes or compiles them can attach to their calls.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +65,35 @@ class Transformer(nn.Module):
         return self.head(self._hidden(batch), self._tied_weight())
 
     def loss(
-        self, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0, z_loss: float = 0.0
+        self,
+        batch: Batch,
+        label_smoothing: float = 0.0,
+        upstream: float = 1.0,
+        z_loss: float = 0.0,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> LossOutput:
         """Summed loss, token losses and predictions of a packed row, without ever holding all its logits.
 
         `upstream` is the factor between the summed loss and what backward starts from, if known: `ops.cross_entropy`.
+        `weigh` makes weights of the tokens, fp32 [tokens], from their losses; the head then runs twice.
         """
-        return self.head_loss(self._hidden(batch), batch, label_smoothing, upstream, z_loss)
+        x, weights = self._hidden(batch), None
+        if weigh is not None:
+            with torch.no_grad():
+                weights = weigh(self.head_loss(x, batch).token_losses)
+        return self.head_loss(x, batch, label_smoothing, upstream, z_loss, weights)
 
     def head_loss(
-        self, x: Tensor, batch: Batch, label_smoothing: float = 0.0, upstream: float = 1.0, z_loss: float = 0.0
+        self,
+        x: Tensor,
+        batch: Batch,
+        label_smoothing: float = 0.0,
+        upstream: float = 1.0,
+        z_loss: float = 0.0,
+        token_weights: Tensor | None = None,
     ) -> LossOutput:
         """`loss` from the output of the last block [tokens, hidden]."""
-        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream, z_loss)
+        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream, z_loss, token_weights)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, batch: Batch) -> Tensor:
         """x [tokens, hidden] through some of `layers`, neighbours in order."""

@@ -72,6 +72,7 @@ def linear_cross_entropy(
     group: Group | None = None,
     upstream: float = 1.0,
     z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> LossOutput:
     """Cross-entropy of `hidden @ weight.T` against `labels`, chunk by chunk.
 
@@ -82,14 +83,16 @@ def linear_cross_entropy(
     With a `group`, each of its ranks has the same tokens and an equal part of the vocabulary, in order of rank; the
     result is the same on all of them, and the gradient of `hidden` is this rank's part of a sum over the group.
 
-    `upstream` is the factor by which `loss_sum` will be multiplied before backward, loss scale included, where that is
+    `token_weights` fp32 [tokens] multiply the tokens' parts of `loss_sum` and its gradient, not `token_losses`; with
+    them there is neither label smoothing nor z-loss. `upstream` is the factor by which `loss_sum` will be multiplied before backward, loss scale included, where that is
     known. It changes no result in exact arithmetic. In float16, whose least positive number is 6e-8, gradients are
     rounded after it and not before: that is what a loss scale is for. Any positive number is allowed.
     """
+    assert token_weights is None or label_smoothing == z_loss == 0
     scale = upstream if hidden.dtype == torch.float16 else 1.0  # other dtypes have the exponents of float32
     return LossOutput(
         *_LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, labels, label_smoothing, z_loss, group, scale, torch.is_grad_enabled()
+            hidden, weight, labels, label_smoothing, z_loss, group, scale, token_weights, torch.is_grad_enabled()
         )
     )
 
@@ -105,6 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         group: Group | None,
         scale: float,
+        token_weights: Tensor | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
@@ -123,12 +127,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 group,
                 need_hidden or need_weight,
             )
-            loss_sum += chunk.loss_sum
+            loss_sum += chunk.loss_sum if token_weights is None else chunk.token_losses @ token_weights[part]
             token_losses[part], correct[part] = chunk.token_losses, chunk.correct
             if grad_logits is None:
                 continue
             # Rows without a label have no gradient. Masking here spares a pass over the vocabulary.
             trained = (labels[part] != IGNORE_INDEX)[:, None].to(hidden.dtype)
+            if token_weights is not None:
+                trained = trained * token_weights[part, None].to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part]).mul_(trained)
             if grad_weight is not None:
@@ -149,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Scaled in fp32 and rounded once, without a second fp32 tensor of the weight's size.
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, factor, out=scaled)
-        return grad_hidden, grad_weight, *[None] * 6
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def _chunk(

@@ -4,10 +4,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from internlm.model.batch import Batch
+from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
 
 # Told of the loss of each micro batch, on the ranks that compute it: (output, the part of the row that it is of).
 OnLoss = Callable[[LossOutput, Batch], None]
+# What is trained: (model, row, the weight of its summed loss) -> that loss.
+Objective = Callable[[Transformer, Batch, float], LossOutput]
 
 
 class GradientEngine(Protocol):

@@ -7,7 +7,8 @@ from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
-from internlm.parallel.contract import GradientEngine, OnLoss
+from internlm.ops.cross_entropy import LossOutput
+from internlm.parallel.contract import GradientEngine, Objective, OnLoss
 from internlm.parallel.pipeline import Pipeline
 from internlm.parallel.sequence import own_part
 
@@ -31,18 +32,24 @@ class Schedule(Protocol):
 class Accumulation:
     """One micro batch after the other; gradients add up. What there is without a pipeline."""
 
-    def __init__(self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> None:
+    def __init__(
+        self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None
+    ) -> None:
         self.model, self.engine, self.mesh = model, engine, mesh
         self.loss = config.loss
+        self.objective = objective or self._next_token
 
     def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
         self.engine.begin_step(len(rows))
         for row, weight in zip(rows, weights, strict=True):
             part = own_part(row, self.mesh).to(self.mesh.device)
-            output = self.model.loss(part, self.loss.label_smoothing, upstream=weight, z_loss=self.loss.z_loss)
+            output = self.objective(self.model, part, weight)
             on_loss(output, part)
             (output.loss_sum * weight).backward()
             self.engine.end_backward()
+
+    def _next_token(self, model: Transformer, part: Batch, upstream: float) -> LossOutput:
+        return model.loss(part, self.loss.label_smoothing, upstream=upstream, z_loss=self.loss.z_loss)
 
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         part = own_part(row, self.mesh).to(self.mesh.device)
@@ -52,8 +59,10 @@ class Accumulation:
         self.model.train(not on)
 
 
-def build_schedule(model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> Schedule:
-    """The schedule that `parallel.pipeline` asks for."""
+def build_schedule(
+    model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None = None
+) -> Schedule:
+    """The schedule that `parallel.pipeline` asks for; `objective` None: cross-entropy of the next token."""
     if mesh.sizes["pipeline"] > 1:
         return Pipeline(model, engine, config, mesh)
-    return Accumulation(model, engine, config, mesh)
+    return Accumulation(model, engine, config, mesh, objective)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from internlm.config.schema import Config, HybridZeroConfig
-from internlm.core.lanes import build_lanes
+from internlm.core.lanes import Lane, build_lanes
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
 from internlm.ops.adamw import adam_scalars, adamw_
@@ -77,6 +77,8 @@ class HybridZero:
         placements: of the parameters that `parallelize` has cut; all others are whole.
         trace: told of the events "forward", "used" (p > 1), "backward" of a unit, and of the ".begin" and ".end" of its
             "reduce", "gather" (of updated values) and "fetch" (of sharded parameters).
+        lanes: those of another engine on the same mesh, where there is one: with lanes of its own this engine's
+            collectives would mix with the other's in an order that differs between ranks.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class HybridZero:
         value_of: ValueOf,
         placements: Mapping[str, Placement] | None = None,
         trace: Trace | None = None,
+        lanes: tuple[Lane, Lane] | None = None,
     ) -> None:
         zero = config.hybrid_zero_optimizer
         self.mesh = mesh
@@ -94,7 +97,8 @@ class HybridZero:
         self.clip_grad_norm = zero.clip_grad_norm
         self.trace = trace or _no_trace
         self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
-        self.reduce_lane, self.gather_lane = build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
+        self.lanes = lanes or build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
+        self.reduce_lane, self.gather_lane = self.lanes
         self.num_updates = 0
         self._unread_ok: Tensor | None = None
         self._in_flight: deque[Callable[[], None]] = deque()

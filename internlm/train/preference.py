@@ -1,0 +1,66 @@
+"""Direct preference optimisation (Rafailov et al., 2023): the chosen of two answers becomes likelier than the rejected.
+
+With log p of an answer's tokens under the trained model and under the fixed reference, the loss of a pair is
+
+    -log sigmoid(beta * ((chosen - chosen_reference) - (rejected - rejected_reference)))
+
+A row holds whole pairs, chosen before rejected, then padding. The loss of a pair needs the sums over both answers, so
+the head runs twice: first for the sums, then as a cross-entropy whose tokens are weighted by the derivative.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.config.schema import DpoConfig
+from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.model.transformer import Transformer
+from internlm.ops.cross_entropy import LossOutput
+
+TokenLosses = Callable[[Batch], Tensor]
+
+
+class PreferenceLoss:
+    """The objective of a step's rows; `reference` gives -log p of every label under the reference model."""
+
+    def __init__(self, config: DpoConfig, reference: TokenLosses) -> None:
+        self.beta, self.reference = config.beta, reference
+
+    def __call__(self, model: Transformer, row: Batch, upstream: float) -> LossOutput:
+        """Sum over the pairs of a row, of which `row.num_trained` counts the pairs.
+
+        In the result a pair stands at the first trained token of its chosen answer: there is its loss, and `correct`
+        where the chosen answer gained more on the reference than the rejected one.
+        """
+        reference = self.reference(row)
+        trained = row.labels != IGNORE_INDEX
+        segment = torch.repeat_interleave(
+            row.segments.cu_seqlens.diff().long(), output_size=len(row.tokens)
+        )  # [tokens]
+        pairs = (len(row.segments.lengths) + 1) // 2
+        kept: list[Tensor] = []
+
+        def derivative(losses: Tensor) -> Tensor:
+            """d loss / d token loss, [tokens]."""
+            sums = losses.new_zeros(2 * pairs).index_add_(0, segment, reference - losses)  # log p / p_reference
+            margin = self.beta * (sums[0::2] - sums[1::2])
+            kept.append(margin)
+            slope = self.beta * torch.sigmoid(-margin)
+            return torch.stack((slope, -slope), dim=1).flatten()[segment]
+
+        surrogate = model.loss(row, upstream=upstream, weigh=derivative).loss_sum
+        margin = kept[0]
+        first = trained & (_trained_before(trained, segment, 2 * pairs) == 0) & (segment % 2 == 0)
+        token_losses = torch.where(first, F.softplus(-margin)[segment // 2], 0.0)
+        # the surrogate has the gradient, the pairs' losses the value
+        loss_sum = surrogate - surrogate.detach() + token_losses.sum()
+        return LossOutput(loss_sum, token_losses, first & (margin > 0)[segment // 2])
+
+
+def _trained_before(trained: Tensor, segment: Tensor, count: int) -> Tensor:
+    """How many trained tokens of its segment precede each token, int64 [tokens]."""
+    before = trained.cumsum(0) - trained.long()
+    start = before.new_full((count,), len(trained)).scatter_reduce_(0, segment, before, "amin")
+    return before - start[segment]
