@@ -153,8 +153,8 @@ def preference(config: Config) -> Problems:
         yield f"data.micro_bsz = {data.micro_bsz}: a row holds whole pairs of samples up to seq_len; set 2 or more"
     if data.long_samples == "split" or data.packing is not None or data.min_length or data.valid_folder is not None:
         yield "dpo: long_samples = split, packing, min_length and valid_folder do not go with pairs; leave them out"
-    if config.loss.label_smoothing or config.loss.reduction != "token":
-        yield "dpo: the loss section does not apply to pairs; leave it out"
+    if config.loss.label_smoothing or config.loss.z_loss or config.loss.reduction != "token":
+        yield "dpo: loss.label_smoothing, z_loss and reduction do not apply to pairs; leave them out"
     if config.ckpt.load_ckpt_info is None:
         yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set"
     sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("pipeline", "ring", "ulysses")}

@@ -62,6 +62,8 @@ def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
         layouts = layouts_of(config, mesh)
     sizes = [_unit_bytes(config, layout, mesh.expert if layout.kind == "expert" else mesh.dense) for layout in layouts]
     parameters, gradients, masters, moments = (sum(column) for column in zip(*sizes, strict=True))
+    if config.dpo is not None:
+        parameters *= 2  # the reference's
     p, g, _ = shares(mesh.dense)
     largest = max(layouts, key=lambda layout: layout.size)
     # The unit at work and the next one, fetched ahead; a gradient before it is reduced.

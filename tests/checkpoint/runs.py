@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.checkpoint.reference import build_reference
 from internlm.checkpoint.shards import parse_key
 from internlm.config.schema import Config
 from internlm.core.launch import World
@@ -23,6 +24,7 @@ from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.preference import PreferenceLoss
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 
@@ -72,7 +74,8 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
     placements = parallelize(model, config, mesh)
     initial = partial(initial_value, config=config.model, seed=config.seed)
     optimizer = HybridZero(model, config, mesh, initial, placements)
-    schedule = build_schedule(model, optimizer, config, mesh)
+    objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
+    schedule = build_schedule(model, optimizer, config, mesh, objective)
     state = TrainState()
     checkpointer = Checkpointer(config, folder, optimizer, state, mesh)
     checkpointer.resume()

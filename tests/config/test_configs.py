@@ -14,7 +14,7 @@ from internlm.model.flops import num_parameters
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 MODELS = sorted((ROOT / "configs" / "_base_" / "models").glob("*.py"))
-NO_DATA = ["data.type=tokenized", "data.train_folder=None", "data.valid_folder=None"]
+NO_DATA = ["data.type=tokenized", "data.train_folder=None", "data.valid_folder=None", "dpo=None"]
 
 # Parameters in 10^9: InternLM-7B as the 2023 framework counted it; the others as their model cards say.
 SIZES = {
@@ -27,6 +27,7 @@ SIZES = {
     "7B_llama2": 6.738,
     "70B_llama2": 68.98,
     "7B_sft": 7.321948160,
+    "7B_dpo": 7.738,
     "7B_lora": 7.738,
     "demo": 0.010,
     "demo_sft": 0.002607,

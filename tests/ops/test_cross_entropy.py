@@ -45,6 +45,18 @@ def test_loss_and_gradients_equal_torch(smoothing, upstream):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_weighted_tokens_equal_torch():
+    hidden, weight, labels = random_case()
+    weights = torch.randn(TOKENS)
+    each = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    out = linear_cross_entropy(hidden, weight, labels, token_weights=weights)
+    torch.testing.assert_close(out.loss_sum, each @ weights, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.token_losses, each.detach(), rtol=1e-5, atol=1e-6)
+    grads = torch.autograd.grad(out.loss_sum, (hidden, weight))
+    for ours, theirs in zip(grads, torch.autograd.grad(each @ weights, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_token_losses_and_predictions():
     hidden, weight, labels = random_case()
     best = (hidden @ weight.T).argmax(-1)

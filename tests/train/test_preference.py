@@ -1,37 +1,27 @@
-"""Preference tuning: the loss of a pair computed from transformers' logits; every ZeRO class as one rank."""
+"""Preference tuning: losses, gradients and updates as by TRL; every ZeRO class as one rank; exact resume."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
-from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import find_problems
 from internlm.config.schema import Config
-from internlm.core.launch import World
-from internlm.core.mesh import build_mesh
 from internlm.data.loader import build_train_loader
-from internlm.model.batch import IGNORE_INDEX
-from internlm.model.init import initial_value
-from internlm.model.transformer import build_model
-from internlm.parallel.parallelize import parallelize
-from internlm.parallel.schedule import build_schedule
-from internlm.solver.hybrid_zero import HybridZero
-from internlm.train.preference import PreferenceLoss
-from internlm.train.state import TrainState
-from internlm.train.trainer import Trainer
-from tests.checkpoint.runs import run_config, train
+from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.utils.errors import UserError
+from tests.checkpoint.runs import contents, run_config, train
 from tests.pool import run_ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_sft" / "tokenizer.model"
 BETA, STEPS, LR = 0.5, 3, 0.02
+MODEL = {"vocab_size": 1024, "qkv_bias": False, "num_layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -47,117 +37,175 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n in range(12)
     ]
-    (folder / "data" / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    base = run_config((1, 1, 1), 1, 1, model={"vocab_size": 1024}, adam={"lr": 0.02, "weight_decay": 0.0})
-    run_ranks(1, train, base, folder / "base")
+    write(folder / "data", pairs)
+    run_ranks(1, train, run_config((1, 1, 1), 1, 1, model=MODEL, adam={"lr": LR}), folder / "base")
     return folder
 
 
-def config_of(folder: Path, chain: tuple[int, int, int], world_size: int, **sections: Any) -> Config:
+def write(folder: Path, pairs: list[dict[str, Any]]) -> None:
+    (folder / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def config_of(folder: Path, chain: tuple[int, int, int] = (1, 1, 1), world_size: int = 1, **sections: Any) -> Config:
     data = {
         "type": "preference",
         "train_folder": str(folder / "data"),
         "tokenizer_path": str(DEMO),
         "chat_template": "chatml",
+        "seq_len": 64,
+        "micro_bsz": 2,
     }
-    data |= {"seq_len": 64, "micro_bsz": 2, "micro_num": 4 // world_size}
     defaults: dict[str, Any] = {
-        "model": {"vocab_size": 1024},
+        "model": MODEL,
         "data": data,
         "dpo": {"beta": BETA},
         "adam": {"lr": LR, "weight_decay": 0.0},
         "lr_scheduler": {"type": "constant", "warmup_ratio": 0.0},
+        "beta2_scheduler": {"init_beta2": 0.95, "c": 0.0},
         "hybrid_zero_optimizer": {"clip_grad_norm": 0.0},
-        "ckpt": {"load_ckpt_info": {"path": str(folder / "base" / "checkpoints" / "1")}, "auto_resume": False},
+        "ckpt": {"load_ckpt_info": {"path": str(folder / "base" / "checkpoints" / "1")}},
     }
-    return run_config(chain, world_size, STEPS, **{**defaults, **sections})
+    for name, section in sections.items():
+        defaults[name] = {**defaults.get(name, {}), **section} if isinstance(section, dict) else section
+    return run_config(chain, world_size, STEPS, **defaults)
 
 
-def tune(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, Any]:
-    """What train.py does."""
-    mesh = build_mesh(config.parallel, World(rank, rank, world_size, torch.device("cpu")))
-    model = build_model(config)
-    placements = parallelize(model, config, mesh)
-    optimizer = HybridZero(model, config, mesh, partial(initial_value, config=config.model, seed=1), placements)
-    assert config.dpo is not None
-    objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes))
-    schedule = build_schedule(model, optimizer, config, mesh, objective)
-    state = TrainState()
-    Checkpointer(config, folder, optimizer, state, mesh).resume()
-    loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size)
-    reports = list(Trainer(schedule, optimizer, loader, state, config, mesh, {}).steps())
+def pairs_of(row: Batch) -> dict[str, Tensor]:
+    """The input of TRL's trainer: all chosen samples of a row, then all rejected ones, padded."""
+    lengths = row.segments.lengths
+    parts = zip(row.tokens.split(lengths), row.labels.split(lengths), strict=True)
+    samples = [(ids, labels) for ids, labels in parts if (labels != IGNORE_INDEX).any()]
+    assert len(samples) == 2 * row.num_trained
+    samples = samples[::2] + samples[1::2]
+    # our label of a position is the next id; their mask stands at the id itself
+    masks = [torch.cat((torch.zeros(1), (labels != IGNORE_INDEX)[:-1])).long() for _, labels in samples]
     return {
-        "losses": [r.loss for r in reports],
-        "acc": [r.acc for r in reports],
-        "norms": [r.grad_norm for r in reports],
+        "input_ids": pad_sequence([ids for ids, _ in samples], batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids, _ in samples], batch_first=True),
+        "completion_mask": pad_sequence(masks, batch_first=True),
     }
 
 
-def expected(folder: Path, config: Config, steps: int) -> dict[str, list[float]]:
-    """From transformers' logits and torch's AdamW, one pair after the other."""
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module")
+def by_trl(folder: Path) -> dict[str, list[float]]:
+    """Losses and gradient norms of the steps of `config_of(folder)`, and pairs told apart, by TRL's trainer and AdamW."""
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     reader = NativeReader(folder / "base")
     export_hf(reader.read, reader.config, folder / "hf", dtype="float32", force=True)
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32) for _ in range(2))
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=LR, weight_decay=0.0, betas=(0.9, 0.95), eps=config.adam.adam_eps
+    trainer = trl.DPOTrainer(
+        policy,
+        reference,
+        trl.DPOConfig(str(folder / "trl"), beta=BETA, use_cpu=True, bf16=False, report_to=[]),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2})), eos_token="a", unk_token="a"
+        ),
     )
-    found: dict[str, list[float]] = {"losses": [], "acc": [], "norms": []}
-
-    def log_p(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = model(ids[None]).logits[0]
-        return -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-    for batch in list(build_train_loader(config, 0, 1))[:steps]:
-        losses, right = [], []
-        for row in batch.micro_batches:
-            parts = list(
-                zip(row.tokens.split(row.segments.lengths), row.labels.split(row.segments.lengths), strict=True)
-            )
-            parts = [part for part in parts if (part[1] != IGNORE_INDEX).any()]
-            assert len(parts) == 2 * row.num_trained
-            for chosen, rejected in zip(parts[::2], parts[1::2], strict=True):
-                with torch.no_grad():
-                    fixed = log_p(reference, *chosen) - log_p(reference, *rejected)
-                margin = log_p(policy, *chosen) - log_p(policy, *rejected) - fixed
-                losses.append(-F.logsigmoid(BETA * margin))
-                right.append(float(margin > 0))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    found: dict[str, list[float]] = {"losses": [], "norms": []}
+    for batch in list(build_train_loader(config_of(folder), 0, 1))[:STEPS]:
         optimizer.zero_grad()
-        loss = torch.stack(losses).mean()
-        loss.backward()
+        num_pairs = sum(row.num_trained for row in batch.micro_batches)
+        loss = 0.0
+        for row in batch.micro_batches:
+            part = trainer.compute_loss(policy, pairs_of(row)) * row.num_trained / num_pairs  # theirs: mean of a row
+            part.backward()
+            loss += part.item()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in policy.parameters()]))
         optimizer.step()
-        found["losses"].append(loss.item())
-        found["acc"].append(sum(right) / len(right))
+        found["losses"].append(loss)
         found["norms"].append(norm.item())
     return found
 
 
-@pytest.mark.parametrize(("world_size", "chain"), [(1, (1, 1, 1)), (2, (1, 1, 2)), (2, (2, 2, 2)), (4, (2, 2, 4))])
-def test_loss_gradient_and_update_are_those_of_the_formula(
-    folder: Path, tmp_path: Path, world_size: int, chain: tuple[int, int, int]
+@pytest.mark.parametrize(
+    ("world_size", "chain", "parallel"),
+    [
+        (1, (1, 1, 1), {}),
+        (2, (1, 1, 1), {}),
+        (2, (1, 1, 2), {}),
+        (2, (1, 2, 2), {}),
+        (2, (2, 2, 2), {}),
+        (2, (1, 1, 1), {"tensor": {"size": 2}}),
+    ],
+)
+def test_losses_and_gradients_are_those_of_trl(
+    folder: Path,
+    tmp_path: Path,
+    by_trl: dict[str, list[float]],
+    world_size: int,
+    chain: tuple[int, int, int],
+    parallel: dict[str, Any],
 ) -> None:
-    constant = {"beta2_scheduler": {"init_beta2": 0.95, "c": 0.0}}
-    config = config_of(folder, chain, world_size, **constant)
-    found = run_ranks(world_size, tune, config, tmp_path)[0]
-    wanted = expected(folder, config_of(folder, (1, 1, 1), 1, **constant), STEPS)
+    config = config_of(folder, chain, 1 if parallel else world_size, parallel=parallel)
+    found = run_ranks(world_size, train, config, tmp_path)[0]
     assert found["losses"][0] == pytest.approx(0.693147, rel=1e-5)  # the model is its own reference
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=2e-3)
-    assert found["norms"] == pytest.approx(wanted["norms"], rel=2e-3)
-    assert found["acc"][1:] == wanted["acc"][1:]
+    assert found["losses"] == pytest.approx(by_trl["losses"], rel=1e-4)
+    assert [float.fromhex(norm) for norm in found["norms"]] == pytest.approx(by_trl["norms"], rel=1e-4)
     assert found["losses"][-1] < 0.6
 
 
-def test_adapters_have_their_base_as_reference(folder: Path, tmp_path: Path) -> None:
-    losses = run_ranks(1, tune, config_of(folder, (1, 1, 1), 1, lora={"rank": 4}), tmp_path)[0]["losses"]
-    assert losses[0] == pytest.approx(0.693147, rel=1e-5) and losses[-1] < losses[0]
+def test_resume_keeps_the_reference(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, (2, 2, 2), 2, ckpt={"checkpoint_every": 1})
+    whole = run_ranks(2, train, config, tmp_path / "whole")[0]
+    run_ranks(2, train, config, tmp_path / "parts", 1)
+    rest = run_ranks(2, train, config, tmp_path / "parts")[0]
+    assert rest["losses"] == whole["losses"][1:]
+    last = [tmp_path / name / "checkpoints" / str(STEPS) for name in ("whole", "parts")]
+    assert contents(last[0]) == contents(last[1])
 
 
-def test_refusals(folder: Path) -> None:
-    wrong = config_of(folder, (1, 1, 1), 1, data={"type": "preference", "micro_bsz": 1, "packing": "fit"}, ckpt={})
-    problems = "\n".join(find_problems(wrong))
-    for text in ("a row holds whole pairs", "do not go with pairs", "ckpt.load_ckpt_info, which is not set"):
-        assert text in problems
-    alone = config_of(folder, (1, 1, 1), 1, dpo=None)
-    assert any("belong together" in problem for problem in find_problems(alone))
+def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp_path: Path) -> None:
+    """The base alone where adapters are new; the adapters as well where the start has some."""
+    first = run_ranks(1, train, config_of(folder, lora={"rank": 4}), tmp_path / "first")[0]["losses"]
+    assert first[0] == pytest.approx(0.693147, rel=1e-5) and first[-1] < first[0]
+    start = {"load_ckpt_info": {"path": str(tmp_path / "first" / "checkpoints" / str(STEPS))}}
+    second = run_ranks(1, train, config_of(folder, lora={"rank": 4}, ckpt=start), tmp_path / "second")[0]["losses"]
+    assert second[0] == pytest.approx(0.693147, rel=1e-5)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"dpo": None}, "belong together"),
+    ({"data": {"type": "chat"}}, "belong together"),
+    ({"data": {"micro_bsz": 1}}, "a row holds whole pairs"),
+    ({"data": {"packing": "fit"}}, "do not go with pairs"),
+    ({"data": {"long_samples": "split"}}, "do not go with pairs"),
+    ({"loss": {"label_smoothing": 0.1}}, "do not apply to pairs"),
+    ({"loss": {"z_loss": 1e-4}}, "do not apply to pairs"),
+    ({"ckpt": {"load_ckpt_info": None}}, "ckpt.load_ckpt_info, which is not set"),
+    ({"parallel": {"pipeline": {"size": 2}}}, "summed on one rank"),
+    ({"parallel": {"context": {"ring": 2}}}, "summed on one rank"),
+]
+
+
+@pytest.mark.parametrize(("change", "problem"), REFUSALS)
+def test_what_does_not_go_with_pairs_is_refused(folder: Path, change: dict[str, Any], problem: str) -> None:
+    assert problem in "\n".join(find_problems(config_of(folder, **change)))
+
+
+BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "a", "chosen": "b"}, r'a.jsonl, line 2: preference data needs "chosen" and "rejected"'),
+    ({"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}]}, "a.jsonl, line 2: no token to train on"),
+    ({"prompt": "a", "chosen": 3, "rejected": "b"}, 'line 2: "prompt" and "chosen" must be'),
+    ({"prompt": "a", "chosen": "b " * 200, "rejected": "b"}, "line 2: .* more than data.seq_len = 64"),
+]
+
+
+@pytest.mark.parametrize(("pair", "problem"), BAD_PAIRS)
+def test_a_broken_pair_is_named(folder: Path, tmp_path: Path, pair: dict[str, Any], problem: str) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", [{"prompt": "a", "chosen": "b", "rejected": "c"}, pair])
+    config = config_of(folder, data={"train_folder": str(tmp_path / "data")})
+    with pytest.raises(UserError, match=problem):
+        build_train_loader(config, 0, 1)
+
+
+def test_a_missing_reference_is_named(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, ckpt={"load_ckpt_info": {"path": str(tmp_path / "nothing")}})
+    with pytest.raises(AssertionError, match=r"ckpt\.load_ckpt_info\.path: .*nothing"):
+        run_ranks(1, train, config, tmp_path)
