@@ -84,7 +84,8 @@ def linear_cross_entropy(
     result is the same on all of them, and the gradient of `hidden` is this rank's part of a sum over the group.
 
     `token_weights` fp32 [tokens] multiply the tokens' parts of `loss_sum` and its gradient, not `token_losses`; with
-    them there is neither label smoothing nor z-loss. `upstream` is the factor by which `loss_sum` will be multiplied before backward, loss scale included, where that is
+    them there is neither label smoothing nor z-loss.
+    `upstream` is the factor by which `loss_sum` will be multiplied before backward, loss scale included, where that is
     known. It changes no result in exact arithmetic. In float16, whose least positive number is 6e-8, gradients are
     rounded after it and not before: that is what a loss scale is for. Any positive number is allowed.
     """

@@ -88,7 +88,7 @@ def pairs_of(row: Batch) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def by_trl(folder: Path) -> dict[str, list[float]]:
-    """Losses and gradient norms of the steps of `config_of(folder)`, and pairs told apart, by TRL's trainer and AdamW."""
+    """Losses and gradient norms of the steps of `config_of(folder)` by TRL's trainer and AdamW."""
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     from tokenizers import Tokenizer, models
@@ -190,7 +190,7 @@ def test_what_does_not_go_with_pairs_is_refused(folder: Path, change: dict[str, 
 
 BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "chosen": "b"}, r'a.jsonl, line 2: preference data needs "chosen" and "rejected"'),
-    ({"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}]}, "a.jsonl, line 2: no token to train on"),
+    ({"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}]}, "line 2: no token to train on"),
     ({"prompt": "a", "chosen": 3, "rejected": "b"}, 'line 2: "prompt" and "chosen" must be'),
     ({"prompt": "a", "chosen": "b " * 200, "rejected": "b"}, "line 2: .* more than data.seq_len = 64"),
 ]
