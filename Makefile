@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-for-demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-REQUIREMENTS := $(wildcard requirements/*.txt)
+# What only GPUs use is left out: no test here can run it, and its newest releases bring 500 MB along.
+REQUIREMENTS := $(filter-out requirements/gpu.txt,$(wildcard requirements/*.txt))
 DEMO_REQUIREMENTS := $(foreach name,runtime export tensorboard plot,requirements/$(name).txt)
 
 .DEFAULT_GOAL := help

@@ -247,6 +247,16 @@ def _mixture(config: Config) -> Problems:
                 yield f"data.mixture.{name}: no such entry in {data.train_folder}, which has {has}"
 
 
+def alerts(config: Config) -> Problems:
+    alert = config.monitor.alert
+    address = alert.feishu_alert_address
+    if alert.enable_feishu_alert and not (address or "").startswith(("http://", "https://")):
+        yield (
+            f"monitor.alert.enable_feishu_alert = True, but monitor.alert.feishu_alert_address = {address!r} is no http(s) "
+            "URL; give the webhook's, or set enable_feishu_alert=False"
+        )
+
+
 CHECKS: tuple[Callable[[Config], Problems], ...] = (
     heads,
     experts,
@@ -257,4 +267,5 @@ CHECKS: tuple[Callable[[Config], Problems], ...] = (
     schedule,
     checkpoints,
     files,
+    alerts,
 )

@@ -214,12 +214,7 @@ TABLE: tuple[OldSpelling, ...] = (
         f"per-layer gradient profiling {NOT_YET}; remove the section",
     ),
     dropped("alert_address", "no effect since 0.2.1"),
-    dropped(
-        "monitor.alert",
-        "alerts are off",
-        _none_of(_switched_on("enable_feishu_alert")),
-        f"sending alerts {NOT_YET}; set enable_feishu_alert=False",
-    ),
+    dropped("monitor.alert.light_monitor_address", "the package of that heartbeat server is gone"),
     # ckpt
     renamed("ckpt.enable_ckpt", "ckpt.enable_save_ckpt"),
     OldSpelling(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from internlm.config.data_section import DataConfig
+from internlm.config.output_sections import CkptConfig, MonitorConfig
 from internlm.config.section import Fraction, PositiveInt, Section
 
 Dtype = Literal["torch.float32", "torch.tf32", "torch.bfloat16", "torch.float16"]
@@ -155,35 +156,6 @@ class ModelConfig(Section):
     def recompute_fraction(self) -> float:
         """Share of blocks that run again in backward as a whole."""
         return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
-
-
-class CkptConfig(Section):
-    """Where and when checkpoints are written, and what a run starts from."""
-
-    enable_save_ckpt: bool = Field(True, description="write checkpoints at all")
-    save_ckpt_folder: str | None = Field(None, description="folder or fsspec URL; None: RUN_DIR/checkpoints")
-    checkpoint_every: PositiveInt | None = Field(None, description="save every so many steps; None: only the last")
-    keep_last: PositiveInt | None = Field(None, description="normal checkpoints kept; None: all")
-    oss_snapshot_freq: PositiveInt | None = Field(
-        None, description="snapshot every so many steps, the newest one is kept; None: off"
-    )
-    snapshot_ckpt_folder: str | None = Field(None, description="None: save_ckpt_folder/snapshot")
-    async_upload: bool = Field(True, description="write in the background, off the training path")
-    auto_resume: bool = Field(True, description="start from the newest good checkpoint under save_ckpt_folder, if any")
-    load_ckpt_info: "LoadConfig | None" = Field(None, description="where to start when nothing is resumed")
-    stop_file_path: str | None = Field(
-        None, description="file with one integer N: at step N save and stop; at step -N save and go on; 0: nothing"
-    )
-
-
-class LoadConfig(Section):
-    """A checkpoint to start from."""
-
-    path: str = Field(description="checkpoint folder")
-    content: tuple[Literal["model", "optimizer", "scheduler", "sampler", "all"], ...] = Field(
-        ("model",), strict=False, description="what is taken from it"
-    )
-    ckpt_type: Literal["internlm", "hf"] = Field("internlm", description="internlm: our folders; hf: Hugging Face")
 
 
 class LoraConfig(Section):
@@ -357,11 +329,6 @@ class ParallelConfig(Section):
             "ulysses": self.context.ulysses * (self.tensor.size if isp else 1),
             "tensor": 1 if isp else self.tensor.size,
         }
-
-
-class MonitorConfig(Section):
-    enable_tb: bool = Field(True, description="write TensorBoard files, when tensorboard is installed")
-    tensorboard_folder: str | None = Field(None, description="None: RUN_DIR/tensorboard")
 
 
 class Config(Section):

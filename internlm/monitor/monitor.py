@@ -5,10 +5,12 @@ from types import TracebackType
 from typing import Protocol
 
 from internlm.config.schema import Config
+from internlm.monitor.alert import Alert
 from internlm.monitor.console import Console
 from internlm.monitor.metrics_file import MetricsFile
 from internlm.monitor.plot import LossPlot
 from internlm.monitor.tensorboard import TensorBoard
+from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
 
 
@@ -23,12 +25,15 @@ class Listener(Protocol):
 class Monitor:
     """Writes the outputs of a run into `run_dir`; a context manager that closes them, whatever happens.
 
-    Every rank makes one; that of rank 0 writes. `start_step` is the number of batches done before: what the files hold
-    beyond it is dropped. Batches that were left out have no line.
+    Every rank makes one, which looks out for a run that is stuck; that of rank 0 writes. `start_step` is the number of
+    batches done before: what the files hold beyond it is dropped. Batches that were left out have no line.
     """
 
     def __init__(self, config: Config, run_dir: Path, rank: int = 0, start_step: int = 0) -> None:
         self.listeners: list[Listener] = []
+        self.alert = Alert(config, rank)
+        stuck_after = config.monitor.stuck_after
+        self.watchdog = Watchdog(stuck_after, self.alert.send) if stuck_after else None
         if rank != 0:
             return
         metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
@@ -39,8 +44,11 @@ class Monitor:
         self.listeners.append(Console(config.data.total_steps, start_step))
 
     def report(self, report: StepReport) -> None:
+        if self.watchdog is not None:
+            self.watchdog.step_ended()
         if report.skipped and not report.validation:
             return
+        self.alert.report(report)
         for listener in self.listeners:
             listener.report(report)
 
@@ -49,9 +57,12 @@ class Monitor:
         listeners, self.listeners = self.listeners, []
         for listener in reversed(listeners):
             listener.close()
+        if self.watchdog is not None:
+            self.watchdog.close()
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+        self.alert.ended(kind, error, tb)

@@ -6,3 +6,9 @@ import os
 def started_by_slurm() -> bool:
     """Whether srun started this process, and not a torchrun inside an allocation."""
     return "SLURM_PROCID" in os.environ and "RANK" not in os.environ
+
+
+def job_id() -> str:
+    """The number that the cluster gave this job, as Slurm or Kubernetes tells it; "none" elsewhere."""
+    pod = os.environ.get("KUBERNETES_POD_NAME", "none")
+    return os.environ.get("SLURM_JOB_ID", pod.split("-")[0])

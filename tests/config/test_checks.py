@@ -58,6 +58,7 @@ def problems_with(small, **keys) -> list[str]:
     ("keys", "expected"),
     [
         ({"model__hidden_size": 66}, "66 = 16 * 4 + 2"),
+        ({"monitor__alert__enable_feishu_alert": True}, "feishu_alert_address = None is no http(s) URL"),
         ({"model__hidden_size": 60}, "hidden_size / model.num_attention_heads = 60/4 = 15"),
         ({"model__head_dim": 7}, "model.head_dim = 7"),
         ({"model__num_kv_attention_heads": 3}, "4 = 1 * 3 + 1"),

@@ -132,7 +132,6 @@ def test_conversions(small, key, value, new_key, expected):
         ("model.num_chunks", 2, "needs parallel.pipeline.size > 1"),
         ("model_type", "LLAVA", "image input"),
         ("lr_scheduler.last_epoch", 5, "remove the key"),
-        ("monitor.alert", {"enable_feishu_alert": True}, "enable_feishu_alert=False"),
         ("grad_profiling", {"grad_norm_profiling": True}, "not available yet"),
         ("ckpt.save_ckpt_folder", "boto3:s3://bucket.10.0.0.1/a/b", '"s3://bucket/a/b"'),
         ("ckpt.save_ckpt_folder", "s3://bucket.10.0.0.1/a/b", "AWS_ENDPOINT_URL=http://10.0.0.1"),

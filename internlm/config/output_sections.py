@@ -1,0 +1,53 @@
+"""What a run leaves behind and whom it tells: the sections `ckpt` and `monitor`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from internlm.config.section import PositiveInt, Section
+
+
+class LoadConfig(Section):
+    """A checkpoint to start from."""
+
+    path: str = Field(description="checkpoint folder")
+    content: tuple[Literal["model", "optimizer", "scheduler", "sampler", "all"], ...] = Field(
+        ("model",), strict=False, description="what is taken from it"
+    )
+    ckpt_type: Literal["internlm", "hf"] = Field("internlm", description="internlm: our folders; hf: Hugging Face")
+
+
+class CkptConfig(Section):
+    """Where and when checkpoints are written, and what a run starts from."""
+
+    enable_save_ckpt: bool = Field(True, description="write checkpoints at all")
+    save_ckpt_folder: str | None = Field(None, description="folder or fsspec URL; None: RUN_DIR/checkpoints")
+    checkpoint_every: PositiveInt | None = Field(None, description="save every so many steps; None: only the last")
+    keep_last: PositiveInt | None = Field(None, description="normal checkpoints kept; None: all")
+    oss_snapshot_freq: PositiveInt | None = Field(
+        None, description="snapshot every so many steps, the newest one is kept; None: off"
+    )
+    snapshot_ckpt_folder: str | None = Field(None, description="None: save_ckpt_folder/snapshot")
+    async_upload: bool = Field(True, description="write in the background, off the training path")
+    auto_resume: bool = Field(True, description="start from the newest good checkpoint under save_ckpt_folder, if any")
+    load_ckpt_info: LoadConfig | None = Field(None, description="where to start when nothing is resumed")
+    stop_file_path: str | None = Field(
+        None, description="file with one integer N: at step N save and stop; at step -N save and go on; 0: nothing"
+    )
+
+
+class AlertConfig(Section):
+    enable_feishu_alert: bool = Field(False, description="post start, end, loss spikes, a stuck run and exceptions")
+    feishu_alert_address: str | None = Field(None, description="URL of the Feishu (Lark) webhook")
+    alert_file_path: str | None = Field(
+        None, description="lets every rank post its exception, equal ones once: where those posted are noted"
+    )
+
+
+class MonitorConfig(Section):
+    enable_tb: bool = Field(True, description="write TensorBoard files, when tensorboard is installed")
+    tensorboard_folder: str | None = Field(None, description="None: RUN_DIR/tensorboard")
+    stuck_after: Annotated[float, Field(ge=0)] = Field(
+        600.0, description="seconds without a finished step after which every rank logs where it stands; 0: never"
+    )
+    alert: AlertConfig = Field(AlertConfig(), description="messages to people")

@@ -1,0 +1,98 @@
+"""Messages to people, by the Feishu (Lark) webhook that the frameworks of 2023 posted to, with their texts."""
+
+import fcntl
+import json
+import math
+import socket
+import time
+import traceback
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from internlm.config.schema import Config
+from internlm.train.metrics import StepReport
+from internlm.utils.environment import job_id
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+LOSS_SPIKE = 1.5  # times the loss of the step before
+TIMEOUT = 30  # seconds for one message; the run doesn't wait for it
+LAST_LINES = 10  # of a traceback
+
+
+class Alert:
+    """Rank 0 speaks for the run; with `alert_file_path` every rank tells of its exception, equal ones once."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        alert = config.monitor.alert
+        self.rank = rank
+        self.host = socket.gethostname()
+        self.title = f"{job_id()}_{config.JOB_NAME}"
+        self.address = alert.feishu_alert_address if alert.enable_feishu_alert else None
+        self.told = Path(alert.alert_file_path) if alert.alert_file_path else None
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="alert")
+        self._loss = math.inf
+        if self.told is not None and rank == 0:
+            self.told.unlink(missing_ok=True)
+        self.send(f"Training in {self.host} is starting.")
+
+    def send(self, text: str) -> None:
+        """Post a message in the name of the run, without waiting for it."""
+        if self.rank == 0:
+            self._post(text)
+
+    def report(self, report: StepReport) -> None:
+        """Tells of a loss that leaps, and of a step without an update."""
+        if report.skipped:
+            return
+        if report.loss > LOSS_SPIKE * self._loss:
+            self.send(
+                f"Checking step by step: Loss spike may be happened in step {report.step}, "
+                f"loss value from {self._loss} to {report.loss}, please check it."
+            )
+        if not report.updated:
+            self.send(f"Warning: skip parameter update at step {report.step}.")
+        self._loss = report.loss
+
+    def ended(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """The run is over: well, or by an exception."""
+        if kind is None:
+            self.send(f"Training in {self.host} completed.")
+        else:
+            trace = "".join(traceback.format_exception(kind, error, tb))
+            if self._is_first(trace):
+                lines = "\n".join(trace.splitlines()[-LAST_LINES:])
+                self._post(f"Catch Exception from {self.host} with rank id {self.rank}:\n{lines}")
+        self._sender.shutdown()
+
+    def _is_first(self, trace: str) -> bool:
+        """Whether this rank is the one to tell of an exception."""
+        if self.told is None:
+            return self.rank == 0
+        self.told.parent.mkdir(parents=True, exist_ok=True)
+        with self.told.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = trace in file.read()
+            if not known:
+                file.write(trace)
+        return not known
+
+    def _post(self, text: str) -> None:
+        if self.address is not None:
+            self._sender.submit(_post_to, self.address, self.title, text)
+
+
+def _post_to(address: str, title: str, text: str) -> None:
+    content = [[{"tag": "text", "text": text}]]
+    message = {"timestamp": int(time.time()), "msg_type": "post", "content": {"post": {"zh_cn": {"title": title, "content": content}}}}
+    request = urllib.request.Request(
+        address, json.dumps(message).encode(), {"Content-Type": "application/json;charset=utf-8"}
+    )
+    try:
+        urllib.request.urlopen(request, timeout=TIMEOUT).close()
+    except OSError as error:
+        logger.warning(f"a message could not be sent to monitor.alert.feishu_alert_address: {error}")
