@@ -252,8 +252,8 @@ def alerts(config: Config) -> Problems:
     address = alert.feishu_alert_address
     if alert.enable_feishu_alert and not (address or "").startswith(("http://", "https://")):
         yield (
-            f"monitor.alert.enable_feishu_alert = True, but monitor.alert.feishu_alert_address = {address!r} is no http(s) "
-            "URL; give the webhook's, or set enable_feishu_alert=False"
+            f"monitor.alert.enable_feishu_alert = True, but monitor.alert.feishu_alert_address = {address!r} is no "
+            "http(s) URL; give the webhook's, or set enable_feishu_alert=False"
         )
 
 

@@ -87,8 +87,8 @@ class Alert:
 
 
 def _post_to(address: str, title: str, text: str) -> None:
-    content = [[{"tag": "text", "text": text}]]
-    message = {"timestamp": int(time.time()), "msg_type": "post", "content": {"post": {"zh_cn": {"title": title, "content": content}}}}
+    post = {"title": title, "content": [[{"tag": "text", "text": text}]]}
+    message = {"timestamp": int(time.time()), "msg_type": "post", "content": {"post": {"zh_cn": post}}}
     request = urllib.request.Request(
         address, json.dumps(message).encode(), {"Content-Type": "application/json;charset=utf-8"}
     )

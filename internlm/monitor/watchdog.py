@@ -38,7 +38,8 @@ class Watchdog:
         while not self._closed.wait(max(0.0, self._due - time.monotonic())):
             if time.monotonic() >= self._due:
                 self._due = time.monotonic() + self.seconds
-                logger.warning(f"no step has ended for {self.seconds:g} s (monitor.stuck_after); this rank is at\n{_stack()}")
+                text = f"no step has ended for {self.seconds:g} s (monitor.stuck_after); this rank is at"
+                logger.warning(f"{text}\n{_stack()}")
                 self._tell("Training may be in stuck status, please check it.")
 
 

@@ -79,7 +79,7 @@ def test_an_exception_is_told_by_rank_0_alone(webhook, tmp_path):
     url, messages = webhook
     for rank in (0, 1):
         fail_on(rank, with_alerts(url), tmp_path)
-    start, caught = texts(messages)
+    _, caught = texts(messages)
     assert "rank id 0" in caught and caught.endswith("ValueError: no such expert")
 
 
