@@ -14,7 +14,8 @@ from internlm.checkpoint.manifest import BrokenCheckpointError, Manifest, check_
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
-from internlm.config.schema import Config, LoadConfig
+from internlm.config.output_sections import LoadConfig
+from internlm.config.schema import Config
 from internlm.core.random import set_rng_state
 from internlm.model.lora import is_adapter
 from internlm.solver.hybrid_zero import HybridZero
