@@ -30,7 +30,7 @@ class _Pool:
     def __init__(self) -> None:
         self.context = mp.get_context("forkserver")
         # imported once, for all workers to inherit
-        self.context.set_forkserver_preload(["internlm.checkpoint.checkpointer", "torch.distributed.device_mesh"])
+        self.context.set_forkserver_preload(["internlm.checkpoint.checkpointer", "torch.distributed.pipelining"])
         self.workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:

@@ -32,22 +32,28 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [tokens, 2, size] (0 gate, 1 up) -> [tokens, size]."""
-    return _swiglu(gate_up)
+    out: Tensor = torch.ops.internlm.swiglu(gate_up)
+    return out
 
 
-@torch.library.custom_op("internlm::swiglu", mutates_args=())
+# Not by `torch.library.custom_op`: that imports torch._dynamo at the first call, which takes a CPU two seconds.
+torch.library.define("internlm::swiglu", "(Tensor gate_up) -> Tensor")
+torch.library.define("internlm::swiglu_backward", "(Tensor gate_up, Tensor grad) -> Tensor")
+
+
+@torch.library.impl("internlm::swiglu", "default")
 def _swiglu(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda and gate_up.numel() > 0 and _kernels is not None:
         return _kernels.forward(gate_up.contiguous())
     return swiglu_reference(gate_up)
 
 
-@_swiglu.register_fake
+@torch.library.register_fake("internlm::swiglu")
 def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[2])
 
 
-@torch.library.custom_op("internlm::swiglu_backward", mutates_args=())
+@torch.library.impl("internlm::swiglu_backward", "default")
 def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     if gate_up.is_cuda and gate_up.numel() > 0 and _kernels is not None:
         return _kernels.backward(gate_up.contiguous(), grad.contiguous())
@@ -56,7 +62,7 @@ def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     return torch.stack((grad_gate, grad * F.silu(gate)), dim=-2)
 
 
-@_swiglu_backward.register_fake
+@torch.library.register_fake("internlm::swiglu_backward")
 def _(gate_up: Tensor, grad: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
@@ -66,7 +72,8 @@ def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
-    return _swiglu_backward(ctx.saved_tensors[0], grad)
+    out: Tensor = torch.ops.internlm.swiglu_backward(ctx.saved_tensors[0], grad)
+    return out
 
 
-_swiglu.register_autograd(_differentiate, setup_context=_setup)
+torch.library.register_autograd("internlm::swiglu", _differentiate, setup_context=_setup)

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
-
 from internlm.parallel.split import PipelineLayout
 
 BACKWARD = ("B", "I")
@@ -64,6 +62,9 @@ def _one_forward_one_backward(layout: PipelineLayout, stage: int, count: int) ->
 
 def _torch_schedule(layout: PipelineLayout, num_micro_batches: int) -> Any:
     """torch's schedule, made for the sake of its `pipeline_order`; the stages are no more than their numbers."""
+    # Here, as it takes as long to import as torch itself, and few runs have a pipeline.
+    from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+
     kinds: dict[str, Any] = {
         "interleaved": ScheduleInterleaved1F1B,
         "zbv": ScheduleZBVZeroBubble,
