@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import check
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         valid_loaders = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
 
         trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders, Routing(model, config))
-        reports = trainer.steps()
+        reports = evaluated(trainer.steps(), model, optimizer, config, mesh)
         if args.profiling:
             reports = traced(reports, run_dir / "traces", world.rank)
         with Monitor(config, run_dir, world.rank, start_step=state.batch_count) as monitor:

@@ -28,4 +28,5 @@ data = dict(
 )
 adam = dict(lr=3e-3, adam_beta2=0.95, weight_decay=0.1, no_decay=("*norm.weight",))
 lr_scheduler = dict(warmup_ratio=0.05, eta_min=1e-4)
+evaluation = dict(every=40, prompts=("What is Hybrid ZeRO?", "How do I run the tests?"))  # watch it learn
 ckpt = dict(checkpoint_every=100, keep_last=1)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from internlm.apis.generate import model_config, open_model, read_model, tokenizer_of
-from internlm.apis.harness import Scorer, run_tasks
+from internlm.apis.harness import Scorer, open_tasks, run_tasks
 from internlm.apis.tokenizer import check_tokenizer, open_tokenizer
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
@@ -46,6 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     """The harness's results. Raises UserError."""
+    tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
+    manager = open_tasks(tasks, given.include_path)
     reader = open_model(given.path)
     config = model_config(reader)
     tokenizer = open_tokenizer(given.tokenizer) if given.tokenizer else tokenizer_of(reader, given.path)
@@ -54,8 +56,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     max_length = given.max_length or config.max_position_embeddings
     stops = _stop_ids(given.path, config.vocab_size) if isinstance(reader, HFReader) else ()
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
-    tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
-    return run_tasks(scorer, tasks, given.include_path, num_fewshot=given.num_fewshot, limit=given.limit)
+    return run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
 
 
 def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:

@@ -1,10 +1,10 @@
-"""A model of ours under EleutherAI's lm-evaluation-harness, for tools/evaluate.py.
+"""A model of ours under EleutherAI's lm-evaluation-harness, for tools/evaluate.py and runs that score themselves.
 
 The only place that needs lm_eval (requirements/eval.txt). Texts become the ids that the harness's own `hf` model
 makes of an export, so that scores agree. Requests are packed into rows without padding; a row's logits are never held.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -40,22 +40,28 @@ class Scorer:
         max_length: int,
         row_tokens: int = 4096,
         stop_ids: Sequence[int] = (),
+        show_progress: bool = True,
     ) -> None:
         """`max_length`: tokens the model sees of a text, the last ones; `row_tokens`: of a packed row, about.
 
         `stop_ids` end a generated text, beside the tokenizer's own end token.
         """
         self.model, self.tokenizer, self.max_length, self.row_tokens = model, tokenizer, max_length, row_tokens
+        self.show_progress = show_progress
         self.stop_ids = {*stop_ids} | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
 
     def score(self, texts: Sequence[Scored], description: str) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding would have said it) of each text, longest first, packed."""
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
-        for row in track(list(self._rows(texts, order)), description=description):
+        for row in self.track(list(self._rows(texts, order)), description):
             for index, score in zip(row, self._score_row([texts[index] for index in row]), strict=True):
                 found[index] = score
         return found
+
+    def track(self, rows: list[list[int]], description: str) -> Iterable[list[int]]:
+        """`rows`, with a bar of how many are done."""
+        return track(rows, description=description, disable=not self.show_progress)
 
     def _rows(self, texts: Sequence[Scored], order: Sequence[int]) -> Iterator[list[int]]:
         row: list[int] = []
@@ -153,7 +159,7 @@ def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
             order = sorted(range(len(requests)), key=lambda index: repr(requests[index].args[1]))
             groups = [list(group) for _, group in groupby(order, lambda index: repr(requests[index].args[1]))]
             rows = [group[start : start + num_rows] for group in groups for start in range(0, len(group), num_rows)]
-            for row in track(rows, description="generation"):
+            for row in scorer.track(rows, "generation"):
                 settings = _Generation.of(requests[row[0]].args[1])
                 room = max_length - settings.limit
                 if room < 1:
@@ -190,12 +196,12 @@ class _Generation:
         )
 
 
-def run_tasks(scorer: Scorer, tasks: Sequence[str], include_path: str | None = None, **settings: Any) -> dict[str, Any]:
-    """The harness's results of `tasks`, which are its own or defined by YAML files in `include_path`.
+def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """The harness's manager of tasks: its own, or those defined by YAML files in `include_path`.
 
-    `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit. Raises UserError.
+    Raises UserError where one of `tasks` is neither, or lm_eval is missing.
     """
-    lm_eval = _lm_eval()
+    _lm_eval()
     from lm_eval.tasks import TaskManager
 
     # The harness's own tasks are thousands of files, which take it many seconds to look at.
@@ -205,7 +211,15 @@ def run_tasks(scorer: Scorer, tasks: Sequence[str], include_path: str | None = N
     unknown = sorted(name for name in tasks if not manager.match_tasks([name]))
     if unknown:
         raise UserError(f"tasks {', '.join(unknown)}: not known to lm_eval, nor in include_path {include_path}")
-    return lm_eval.simple_evaluate(
+    return manager
+
+
+def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any]:
+    """The harness's results of `tasks`, known to `manager` (see `open_tasks`).
+
+    `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit. Raises UserError.
+    """
+    return _lm_eval().simple_evaluate(
         model=harness_model(scorer), tasks=list(tasks), task_manager=manager, log_samples=False, **settings
     )
 

@@ -162,6 +162,27 @@ def preference(config: Config) -> Problems:
         yield f"dpo: an answer's log-probability is summed on one rank, but parallel has {sizes}; set all to 1"
 
 
+def evaluation(config: Config) -> Problems:
+    asked, sizes = config.evaluation, config.parallel.axis_sizes
+    if (asked.every > 0) != bool(asked.prompts or asked.tasks):
+        yield f"evaluation.every = {asked.every}: it goes with evaluation.prompts or tasks; give both or neither"
+    if not asked.every:
+        return
+    if config.data.tokenizer_path is None:
+        yield "evaluation: texts need data.tokenizer_path, which is not set"
+    for axis in ("pipeline", "tensor"):
+        if sizes[axis] > 1:
+            yield (
+                f"evaluation with parallel.{axis}.size = {sizes[axis]}: a model whose layers are cut between ranks "
+                "does not answer while it trains; leave it out, and use tools/evaluate.py on its checkpoints"
+            )
+    if asked.tasks and sizes["ring"] * sizes["ulysses"] > 1:
+        yield (
+            "evaluation.tasks where rows are cut between ranks (parallel.context, isp): a text is scored on one rank; "
+            "leave them out, and use tools/evaluate.py on checkpoints"
+        )
+
+
 def schedule(config: Config) -> Problems:
     lr = config.lr_scheduler
     total = lr.total_steps or config.data.total_steps
@@ -263,6 +284,7 @@ CHECKS: tuple[Callable[[Config], Problems], ...] = (
     precision,
     adapters,
     preference,
+    evaluation,
     batches,
     schedule,
     checkpoints,

@@ -331,6 +331,20 @@ class ParallelConfig(Section):
         }
 
 
+class EvaluationConfig(Section):
+    """What the model in training is asked every so many steps, beside the validation sets of `data`."""
+
+    every: Annotated[int, Field(ge=0)] = Field(0, description="ask every so many steps; 0: never")
+    prompts: tuple[str, ...] = Field(
+        (), strict=False, description="texts to go on from; with data.type=chat and preference a user's questions"
+    )
+    max_new_tokens: PositiveInt = Field(64, description="tokens of an answer at most")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="of the answers; 0: the likeliest token each")
+    tasks: tuple[str, ...] = Field((), strict=False, description="tasks of lm-evaluation-harness (extra eval) to score")
+    include_path: str | None = Field(None, description="folder with YAML files of tasks of your own")
+    limit: PositiveInt | None = Field(None, description="questions of each task; None: all")
+
+
 class Config(Section):
     """One run. Built by `load_config`, printed once, stored with every checkpoint, never changed."""
 
@@ -350,6 +364,7 @@ class Config(Section):
     beta2_scheduler: Beta2SchedulerConfig = Field(Beta2SchedulerConfig(), description="beta2")
     grad_scaler: GradScalerConfig = Field(GradScalerConfig(), description="float16 loss scale")
     loss: LossConfig = Field(LossConfig(), description="the objective")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="questions to the model in training")
     ckpt: CkptConfig = Field(CkptConfig(), description="checkpoints")
     monitor: MonitorConfig = Field(MonitorConfig(), description="outputs beside console and metrics.jsonl")
 

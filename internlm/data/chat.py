@@ -139,11 +139,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
         )
     if tokenizer.size < vocab_size:
         logger.info(f"tokenizer {path} has {tokenizer.size} ids, the model {vocab_size}: the rest is not used")
-    if data.chat_template is None and not path.is_dir():
-        raise UserError(
-            f"data.tokenizer_path = {path} is a file, which has no chat template: name one as data.chat_template."
-        )
-    template = with_marks(template_of(path) if data.chat_template is None else find_template(data.chat_template))
+    template = with_marks(chat_template(data))
     stop = template.stop[0] if template.stop else ""
     if stop and len(tokenizer.encode(stop).ids) != 1:
         logger.warning(
@@ -151,6 +147,18 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
             "check that template and tokenizer belong together"
         )
     return ChatRecipe(path, template, data.train_on, data.seq_len, data.long_samples, data.type == "preference")
+
+
+def chat_template(data: DataConfig) -> ChatTemplate:
+    """How turns are written: as `data.chat_template` says, or as the tokenizer's folder does. Raises UserError."""
+    if data.chat_template is not None:
+        return find_template(data.chat_template)
+    path = Path(data.tokenizer_path or "")
+    if not path.is_dir():
+        raise UserError(
+            f"data.tokenizer_path = {path} is a file, which has no chat template: name one as data.chat_template."
+        )
+    return template_of(path)
 
 
 def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:

@@ -38,6 +38,10 @@ class Console:
             logger.info(step_line(report, left), extra={"file_only": self._progress is not None})
         for valid in report.validation:
             logger.info(validation_line(valid, report.step))
+        for answer in report.answers:
+            logger.info(f"step={report.step} {answer.prompt!r} -> {answer.text!r}")
+        if report.scores:
+            logger.info(" ".join([f"step={report.step}", *(f"eval/{k}={v:.4f}" for k, v in report.scores.items())]))
 
     def close(self) -> None:
         if self._progress is not None:

@@ -1,8 +1,9 @@
-"""metrics.jsonl: one JSON object a step, appended as it happens."""
+"""metrics.jsonl, one JSON object a step, and answers.jsonl, one an answer, appended as it happens."""
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 
-class MetricsFile:
-    """Appends reports to `path`, so that one run has one line a step, however often it was resumed.
+class LinesFile:
+    """Appends objects with a "step" to `path`, so that one run has its lines once, however often it was resumed.
 
     Lines after `start_step` were written by a process that died after the checkpoint this one continues from: they are
     cut off. A run that starts anew (`start_step` 0) puts an older file aside as `*.previous.jsonl`.
@@ -30,13 +31,27 @@ class MetricsFile:
             self.history = _cut(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def report(self, report: StepReport) -> None:
-        line = {key: _jsonable(value) for key, value in report.scalars().items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+class MetricsFile(LinesFile):
+    """The numbers of each step."""
+
+    def report(self, report: StepReport) -> None:
+        self.write({key: _jsonable(value) for key, value in report.scalars().items()})
+
+
+class AnswersFile(LinesFile):
+    """What the model said, and when."""
+
+    def report(self, report: StepReport) -> None:
+        for answer in report.answers:
+            self.write({"step": report.step, "prompt": answer.prompt, "text": answer.text})
 
 
 def _jsonable(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""One listener for the loop: hands each report to console, metrics.jsonl, TensorBoard and the loss curve."""
+"""One listener for the loop: hands each report to console, metrics.jsonl, answers, TensorBoard and the loss curve."""
 
 from pathlib import Path
 from types import TracebackType
@@ -7,7 +7,7 @@ from typing import Protocol
 from internlm.config.schema import Config
 from internlm.monitor.alert import Alert
 from internlm.monitor.console import Console
-from internlm.monitor.metrics_file import MetricsFile
+from internlm.monitor.metrics_file import AnswersFile, MetricsFile
 from internlm.monitor.plot import LossPlot
 from internlm.monitor.tensorboard import TensorBoard
 from internlm.monitor.watchdog import Watchdog
@@ -38,6 +38,8 @@ class Monitor:
             return
         metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
         self.listeners = [metrics, LossPlot(run_dir / "loss.png", metrics.history)]
+        if config.evaluation.prompts:
+            self.listeners.append(AnswersFile(run_dir / "answers.jsonl", start_step))
         if config.monitor.enable_tb:
             folder = Path(config.monitor.tensorboard_folder or run_dir / "tensorboard")
             self.listeners.append(TensorBoard(config, folder, start_step))
@@ -46,7 +48,7 @@ class Monitor:
     def report(self, report: StepReport) -> None:
         if self.watchdog is not None:
             self.watchdog.step_ended()
-        if report.skipped and not report.validation:
+        if report.skipped and not report.is_evaluated:
             return
         self.alert.report(report)
         for listener in self.listeners:

@@ -11,7 +11,7 @@ logger = get_logger(__name__)
 
 
 class TensorBoard:
-    """Every number of a report as a scalar of the same name, over the step; the config as a text."""
+    """Every number of a report as a scalar of the same name, over the step; answers and the config as texts."""
 
     def __init__(self, config: Config, folder: Path, start_step: int) -> None:
         self._writer: Any = None
@@ -31,6 +31,8 @@ class TensorBoard:
         for name, value in report.scalars().items():
             if not isinstance(value, bool):
                 self._writer.add_scalar(name, value, report.step)
+        for number, answer in enumerate(report.answers):
+            self._writer.add_text(f"answers/{number}", f"{answer.prompt}\n\n{answer.text}", report.step)
 
     def close(self) -> None:
         if self._writer is not None:

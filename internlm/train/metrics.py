@@ -145,6 +145,14 @@ class ValidReport:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the model in training made of a prompt of `evaluation.prompts`."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One step as the monitor writes it; its fields are the keys of metrics.jsonl.
 
@@ -182,10 +190,19 @@ class StepReport:
     types: dict[str, TypeMetrics] = field(default_factory=dict)
     experts: ExpertLoad | None = None
     validation: tuple[ValidReport, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)  # of `evaluation.tasks`, as TASK_MEASURE
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the model was looked at after this step, apart from its training."""
+        return bool(self.validation or self.answers or self.scores)
 
     def scalars(self) -> dict[str, float]:
-        """All numbers, flat: types as loss/NAME, acc/NAME, tokens/NAME, validation as val/NAME_loss, _acc, _plex."""
-        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("types", "experts", "validation")}
+        """All numbers, flat: types as loss/NAME, acc/NAME, tokens/NAME, validation as val/NAME_loss, _acc, _plex,
+        scores as eval/TASK_MEASURE."""
+        apart = ("types", "experts", "validation", "answers", "scores")
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         for name, metrics in self.types.items():
             flat[f"loss/{name}"] = metrics.loss
             flat[f"acc/{name}"] = metrics.accuracy
@@ -195,7 +212,7 @@ class StepReport:
             flat[f"val/{valid.name}_loss"] = valid.loss
             flat[f"val/{valid.name}_acc"] = valid.accuracy
             flat[f"val/{valid.name}_plex"] = valid.perplexity
-        return flat
+        return flat | {f"eval/{name}": score for name, score in self.scores.items()}
 
 
 def perplexity(mean_loss: float) -> float:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.checkpoint.reference import build_reference
 from internlm.checkpoint.shards import parse_key
@@ -79,15 +80,26 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
     state = TrainState()
     checkpointer = Checkpointer(config, folder, optimizer, state, mesh)
     checkpointer.resume()
-    seen: dict[str, list[Any]] = {"losses": [], "norms": [], "scales": [], "samples": [], "random": []}
+    seen: dict[str, list[Any]] = {
+        "losses": [],
+        "norms": [],
+        "scales": [],
+        "samples": [],
+        "random": [],
+        "answers": [],
+        "scores": [],
+    }
     if stop_at != state.batch_count:
         loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
         samples = build_train_loader(config, mesh.dp_rank, mesh.dp_size, state.batch_count).row_numbers()
-        for report in Trainer(schedule, optimizer, loader, state, config, mesh, {}).steps():
+        trainer = Trainer(schedule, optimizer, loader, state, config, mesh, {})
+        for report in evaluated(trainer.steps(), model, optimizer, config, mesh):
             seen["losses"].append(report.loss)
             seen["norms"].append(report.grad_norm.hex())  # as text: nan is not equal to itself
             seen["scales"].append(report.loss_scale)
             seen["samples"].append(next(samples))
+            seen["answers"] += [answer.text for answer in report.answers]
+            seen["scores"] += report.scores.items()
             seen["random"].append(float(torch.rand(())))
             checkpointer.after_step(report)
             if report.step == stop_at:

@@ -1,0 +1,116 @@
+"""What a model in training says, every so many steps: answers to prompts, and scores of lm-evaluation-harness's tasks.
+
+The model is the one that trains, with its parameters where Hybrid ZeRO keeps them. So all ranks of the run compute the
+same texts, call by call, and gather what they need as they do in training. They choose tokens by rank 0's logits: none
+can end an answer earlier than another, which would then wait for it for ever.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internlm.apis.generate import check_prompt
+from internlm.apis.harness import Scorer, open_tasks, run_tasks
+from internlm.apis.sampling import Sampling
+from internlm.apis.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
+from internlm.config.schema import Config
+from internlm.core.mesh import Mesh
+from internlm.data.chat import chat_template
+from internlm.data.message import Message
+from internlm.model.transformer import Transformer
+from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.metrics import Answer, StepReport
+
+# The harness would seed the generators that training draws from.
+_LEAVE_SEEDS = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
+
+
+def evaluated(
+    reports: Iterator[StepReport], model: Transformer, engine: HybridZero, config: Config, mesh: Mesh
+) -> Iterator[StepReport]:
+    """`reports`, with answers and scores in every `evaluation.every`-th. Collective.
+
+    Raises UserError, before the first step, for prompts that the model cannot read and tasks that nobody knows.
+    """
+    asked = config.evaluation
+    if not asked.every:
+        return reports
+    exam = _Exam(model, engine, config, mesh)
+    return (exam.result(report) if report.step % asked.every == 0 else report for report in reports)
+
+
+class _Exam:
+    def __init__(self, model: Transformer, engine: HybridZero, config: Config, mesh: Mesh) -> None:
+        self.model, self.engine, self.asked, self.mesh = model, engine, config.evaluation, mesh
+        assert config.data.tokenizer_path is not None  # config/checks.py
+        tokenizer = open_tokenizer(config.data.tokenizer_path)
+        check_tokenizer(tokenizer, config.model)
+        self.prompts, stops = _prompts(config, tokenizer)
+        for number, prompt in enumerate(self.prompts):
+            check_prompt(prompt, config.model.vocab_size, f"evaluation.prompts[{number}]")
+        max_length = config.model.max_position_embeddings
+        self.scorer = Scorer(model, tokenizer, max_length, stop_ids=stops, show_progress=False)
+        self.tasks = open_tasks(self.asked.tasks, self.asked.include_path) if self.asked.tasks else None
+
+    def result(self, report: StepReport) -> StepReport:
+        """The report, with what the model says now."""
+        self.model.eval()
+        # what is compiled is compiled for the rows of training
+        with _logits_of_rank_0(self.model, self.mesh), torch.compiler.set_stance("force_eager"):
+            answers, scores = self._answers(), self._scores()
+        self.model.train()
+        self.engine.wait()  # drops what was gathered
+        return replace(report, answers=answers, scores=scores)
+
+    def _answers(self) -> tuple[Answer, ...]:
+        if not self.prompts:
+            return ()
+        sampling = Sampling(temperature=self.asked.temperature)
+        texts = self.scorer.continuations(self.prompts, (), sampling, self.asked.max_new_tokens)
+        return tuple(map(Answer, self.asked.prompts, texts))
+
+    def _scores(self) -> dict[str, float]:
+        """By TASK_MEASURE."""
+        asked = self.asked
+        if self.tasks is None:
+            return {}
+        settings = {"limit": asked.limit, "bootstrap_iters": 0, **_LEAVE_SEEDS}
+        results = run_tasks(self.scorer, asked.tasks, self.tasks, **settings)["results"]
+        return {
+            f"{task}_{name.removesuffix(',none')}": value
+            for task, scores in results.items()
+            for name, value in scores.items()
+            if isinstance(value, float) and "_stderr" not in name
+        }
+
+
+def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], Sequence[int]]:
+    """The ids of `evaluation.prompts` and those that end an answer."""
+    if config.data.type not in ("chat", "preference"):
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [[*begin, *tokenizer.encode(text)] for text in config.evaluation.prompts], ()
+    template = chat_template(config.data)
+    questions = [[Message("user", text)] for text in config.evaluation.prompts]
+    prompts = [tokenizer.encode(template.render(turns, add_generation_prompt=True)) for turns in questions]
+    stops = [tokenizer.id_of(text) for text in template.stop]
+    return prompts, [index for index in stops if index is not None]
+
+
+@contextmanager
+def _logits_of_rank_0(model: Transformer, mesh: Mesh) -> Iterator[None]:
+    """All ranks see the logits of rank 0."""
+
+    def send(head: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # else the loss of a row, as often on every rank
+            dist.broadcast(output, 0, group=mesh.world_group)
+
+    hook = model.head.register_forward_hook(send)
+    try:
+        yield
+    finally:
+        hook.remove()
