@@ -31,7 +31,9 @@ def uses_the_pool(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if uses_the_pool(item):
-            item.add_marker(pytest.mark.xdist_group("ranks"))  # one process, hence one pool
+            # A module's tests share one process: their references are computed once, and no process needs more than
+            # one pool.
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         return
     for item in items:
