@@ -33,18 +33,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     old.add_argument("--tp_size", type=int, help="tensor ranks, default 1")
     old.add_argument("--version", type=int, choices=[1, 2], default=2, help="1: w3 is the output, 2: w2 (default)")
     old.add_argument("--family", choices=["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"], help="default: what fits")
+    old.add_argument("--top_k", type=int, help="experts that compute a token, where a source of 2023 doesn't say")
     old.add_argument("--embed_split", action="store_true", help="cut the embedding along its columns, not its rows")
     for flag in ("--use_flash", "--safetensors", "--adapt_hf"):
         old.add_argument(flag, action="store_true", help="accepted as in 2023; found out by itself")
     return parser.parse_args(arguments)
 
 
-def open_source(folder: str) -> tuple[dict[str, Any], str, Callable[[str], Tensor]]:
+def open_source(folder: str, top_k: int | None) -> tuple[dict[str, Any], str, Callable[[str], Tensor]]:
     """The model section, the preset's name, and what reads a parameter. Raises UserError."""
     if is_hf_folder(folder):
         reader = HFReader(folder)
         return reader.config_model(), reader.model_type, reader.read
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, top_k=top_k)
     return checkpoint.config.model.model_dump(), checkpoint.config.model_type, checkpoint.read
 
 
@@ -57,7 +58,7 @@ def convert(arguments: argparse.Namespace) -> str:
         raise UserError(f"--tp_size {arguments.tp_size} must be positive")
     if arguments.format == "native" and arguments.tp_size is not None:
         raise UserError("--tp_size belongs to --format 2023; a checkpoint of ours loads on any number of ranks")
-    section, model_type, read = open_source(arguments.src)
+    section, model_type, read = open_source(arguments.src, arguments.top_k)
     if dtype != "auto":
         section["dtype"] = f"torch.{dtype}"
     model = ModelConfig(**{**PRESETS[model_type], **section})

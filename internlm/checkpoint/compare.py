@@ -12,6 +12,7 @@ logger = get_logger(__name__)
 
 # What the same weights compute depends on these as well, though they fit in any case.
 _MEANING = ("qk_interleaved", "rope_base", "layer_norm_epsilon", "norm_head")
+_MOE_MEANING = ("top_k", "score", "normalises")
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
@@ -23,7 +24,10 @@ def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
         "num_attention_heads": model.num_attention_heads,
         "num_kv_attention_heads": model.num_kv_heads,
         "head_dim": model.head_size,
-        "intermediate_size": model.ffn_size,
+        "intermediate_size": model.ffn_size if model.num_experts == 1 else model.expert_size,
+        "num_experts": model.num_experts,
+        "moe.num_shared_experts": model.moe.num_shared_experts,
+        "moe.mix_shared": model.moe.mix_shared,
         "qkv_bias": model.qkv_bias,
         "out_bias": model.out_bias,
         "qk_norm": model.qk_norm,
@@ -53,7 +57,9 @@ def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
             f"{what} holds another model:\n" + "\n".join(differences) + "\nGive the model section the checkpoint's "
             "sizes, or start in another ckpt.save_ckpt_folder."
         )
-    for key in _MEANING:
-        old, new = getattr(model, key), getattr(config.model, key)
+    meanings = [(key, getattr(model, key), getattr(config.model, key)) for key in _MEANING]
+    if model.num_experts > 1:
+        meanings += [(f"moe.{key}", getattr(model.moe, key), getattr(config.model.moe, key)) for key in _MOE_MEANING]
+    for key, old, new in meanings:
         if old != new:
             common_warning(logger, f"{what} was trained with model.{key}={old}, this run has {new}")

@@ -14,11 +14,13 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
     "internlm": "InternLMForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
 }
 _PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2", "internlm3": "InternLM3"}  # of the remote-code classes
+_GRANITE_FACTORS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 # What a reader may set otherwise without loading a different set of weights.
 _FREE = ("rope_base", "max_position_embeddings")
 
@@ -74,6 +76,11 @@ def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
     if layout == "mixtral":
         experts = {"num_local_experts": model.num_experts, "num_experts_per_tok": model.moe.top_k}
         return {**common, **experts, "intermediate_size": model.expert_size, "sliding_window": None}
+    if layout == "granitemoe":
+        experts = {"num_local_experts": model.num_experts, "num_experts_per_tok": model.moe.top_k}
+        factors = {**_GRANITE_FACTORS, "attention_multiplier": model.head_size**-0.5}
+        biases = {"attention_bias": model.qkv_bias}
+        return {**common, **experts, **factors, **biases, "intermediate_size": model.expert_size}
     if layout in ("qwen3", "qwen3_moe"):
         experts = _qwen3_experts(model) if layout == "qwen3_moe" else {}
         return {**common, **experts, "use_sliding_window": False, "attention_bias": model.qkv_bias}
@@ -93,7 +100,7 @@ def _qwen3_experts(model: ModelConfig) -> dict[str, Any]:
 
 def _experts(hf: dict[str, Any], layout: str) -> dict[str, Any]:
     """The keys of the model section that describe experts."""
-    if layout not in ("mixtral", "qwen3_moe"):
+    if layout not in ("mixtral", "qwen3_moe", "granitemoe"):
         return {}
     of_qwen = layout == "qwen3_moe"
     moe = {
@@ -102,6 +109,12 @@ def _experts(hf: dict[str, Any], layout: str) -> dict[str, Any]:
         "norm_topk": hf.get("norm_topk_prob", False) if of_qwen else True,
     }
     return {"num_experts": hf.get("num_experts", hf.get("num_local_experts", 128 if of_qwen else 8)), "moe": moe}
+
+
+def _has_usual_scores(hf: dict[str, Any]) -> bool:
+    """Whether Granite's factor of the scores is 1 / sqrt(head_dim), to the digits that JSON keeps."""
+    head_dim = hf["hidden_size"] / hf["num_attention_heads"]
+    return abs(hf.get("attention_multiplier", 1.0) * head_dim**0.5 - 1) < 1e-6
 
 
 def _auto_map(layout: str) -> dict[str, str]:
@@ -162,6 +175,7 @@ def preset_of(hf: dict[str, Any]) -> str:
         "qwen2": "QWEN2",
         "qwen3": "QWEN3",
         "mixtral": "MIXTRAL",
+        "granitemoe": "INTERNLM_MoE",
         "qwen3_moe": "QWEN3_MOE",
     }[hf["model_type"]]
 
@@ -210,6 +224,8 @@ def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
         "sliding_window": hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None,
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(hf.get("mlp_only_layers")),
+        **{key: hf.get(key, 1.0) != 1.0 for key in _GRANITE_FACTORS},
+        "attention_multiplier": hf["model_type"] == "granitemoe" and not _has_usual_scores(hf),
         "quantization_config": hf.get("quantization_config") is not None,
         # "dynamic" changes positions beyond max_position_embeddings only.
         "rope_scaling": rope["rope_type"] not in ("default", "dynamic"),

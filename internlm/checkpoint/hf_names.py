@@ -11,6 +11,7 @@ What no index can express (rotary pairing, the normalised head) is done on whole
 | qwen3 | the same names; norms on q and k, biases on all four or none | by itself |
 | mixtral | the same names; experts instead of the feed-forward layer | by itself |
 | qwen3_moe | those of qwen3; experts instead of the feed-forward layer | by itself |
+| granitemoe | the same names; biases as llama, experts instead of the feed-forward layer | by itself |
 | internlm | the same names; what InternLM published in 2023 | with remote code |
 | internlm3 | the same names; biases on q, k, v or on none, as InternLM3 publishes | with remote code |
 | internlm2 | fused wqkv grouped by key/value head, as InternLM2 publishes | with remote code |
@@ -78,6 +79,14 @@ _QWEN3_MOE: dict[str, list[tuple[str, Index]]] = {
     "layers.{i}.feed_forward.experts.w2": [("model.layers.{i}.mlp.experts.{e}.down_proj.weight", ALL)],
 }
 
+# Experts stay together. IBM's Granite, whose factors are 1 for us, is the family with biases beside experts.
+_GRANITEMOE: dict[str, list[tuple[str, Index]]] = {
+    **_LLAMA,
+    "layers.{i}.feed_forward.router.weight": [("model.layers.{i}.block_sparse_moe.router.layer.weight", ALL)],
+    "layers.{i}.feed_forward.experts.w13": [("model.layers.{i}.block_sparse_moe.input_linear.weight", ALL)],
+    "layers.{i}.feed_forward.experts.w2": [("model.layers.{i}.block_sparse_moe.output_linear.weight", ALL)],
+}
+
 _INTERNLM2: dict[str, list[tuple[str, Index]]] = {
     "embedding.weight": [("model.tok_embeddings.weight", ALL)],
     "layers.{i}.attention_norm.weight": [("model.layers.{i}.attention_norm.weight", ALL)],
@@ -101,6 +110,7 @@ LAYOUTS = {
     "qwen3": _LLAMA,
     "mixtral": _MIXTRAL,
     "qwen3_moe": _QWEN3_MOE,
+    "granitemoe": _GRANITEMOE,
     "internlm": _LLAMA,
     "internlm3": _LLAMA,
     "internlm2": _INTERNLM2,
@@ -136,7 +146,8 @@ def native_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def default_layout(model: ModelConfig) -> str:
     """The layout that transformers loads without remote code: INTERNLM, INTERNLM2_PUBLIC and LLAMA2 fit llama."""
     if model.num_experts > 1:
-        return "qwen3_moe" if model.qk_norm else "mixtral"
+        with_biases = "granitemoe" if model.out_bias else "mixtral"
+        return "qwen3_moe" if model.qk_norm else with_biases
     if model.qk_norm:
         return "qwen3"
     return "qwen2" if model.qkv_bias and not model.out_bias else "llama"
@@ -160,6 +171,13 @@ def check_layout(layout: str, model: ModelConfig) -> None:
         "qwen3_moe": [
             (not same_biases, biases),
             (not model.qk_norm, "qk_norm=False"),
+            *_beyond_plain_experts(model),
+        ],
+        "granitemoe": [
+            (not same_biases, biases),
+            (model.qk_norm, "qk_norm=True"),
+            (not model.moe.normalises, "weights of experts that don't add up to one"),
+            (model.head_size * model.num_attention_heads != model.hidden_size, f"head_dim={model.head_size}"),
             *_beyond_plain_experts(model),
         ],
         "internlm": [
@@ -203,16 +221,19 @@ def entries(layout: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
     for native, shape in shapes.items():
         layer = re.match(r"layers\.(\d+)\.", native)
         generic = native if layer is None else f"layers.{{i}}.{native[layer.end() :]}"
+        apart = any("{e}" in name for name, _ in table[generic])  # each expert has tensors of its own
         rows = [
-            (name.format(i=layer and layer[1], e=expert), (expert, *index) if "{e}" in name else index)
-            for expert in range(shape[0] if ".experts." in native else 1)
+            (name.format(i=layer and layer[1], e=expert), (expert, *index) if apart else index)
+            for expert in range(shape[0] if apart else 1)
             for name, index in table[generic]
         ]
         for name, index in rows:
             part = torch.empty(shape, device="meta")[index].shape
             # Matrices keep their input dim, all others become rows; vectors become flat.
             is_vector = native.endswith(".bias") or len(part) == 1
-            flat = (part.numel(),) if is_vector else (part[:-1].numel(), part[-1])
+            flat: tuple[int, ...] = (part.numel(),) if is_vector else (part[:-1].numel(), part[-1])
+            if ".experts." in native and not apart:
+                flat = (part[0], part[1:-1].numel(), part[-1])
             found.append(Entry(name, flat, native, index))
     return found
 

@@ -105,14 +105,17 @@ def _find(url: str) -> tuple[Storage, str, Manifest]:
 CheckpointReader = NativeReader | LegacyReader
 
 
-def open_checkpoint(folder: str | Path, mlp: Literal["old", "new"] | None = None) -> CheckpointReader:
+def open_checkpoint(
+    folder: str | Path, mlp: Literal["old", "new"] | None = None, top_k: int | None = None
+) -> CheckpointReader:
     """The reader of a checkpoint of this program or of the 2023 framework, or of the newest in a folder of them.
 
-    `mlp` settles what a folder of 2023 with square feed-forward layers leaves open, see `LegacyFolder`.
+    `mlp` settles what a folder of 2023 with square feed-forward layers leaves open, `top_k` what one with experts may
+    leave open, see `LegacyReader`.
     """
     url = str(Path(folder).expanduser()) if "://" not in str(folder) else str(folder)
     legacy = newest_legacy_folder(url)
-    return NativeReader(folder) if legacy is None else LegacyReader(legacy, mlp=mlp)
+    return NativeReader(folder) if legacy is None else LegacyReader(legacy, mlp=mlp, top_k=top_k)
 
 
 def is_hf_folder(folder: str | Path) -> bool:

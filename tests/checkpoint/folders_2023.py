@@ -4,23 +4,19 @@ A model is given under Llama's names, which transformers can run: `Weights`. `wr
 Nothing of `internlm.checkpoint` is used here, so that reader and generator can't share a mistake.
 """
 
-import enum
-import sys
-import types
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tests.checkpoint.experts_2023 import moe_tensors, random_experts, split_files, write_experts
+from tests.checkpoint.side_files_2023 import fake_classes, write_counters
+
 Weights = dict[str, Tensor]  # Llama's names -> whole tensors
 LAYERS, HIDDEN, HEADS, HEAD, FFN, VOCAB = 4, 32, 4, 8, 48, 64
-_MODULES = ("internlm.core.context.parallel_context", "internlm.core.context.process_group_initializer")
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,10 @@ class Generation:
     zero: int = 1
     wp: int | None = None  # isp
     dp: int = 1
+    num_experts: int = 1
+    residual: bool = False  # a dense layer beside the experts
+    wrapped: bool = False  # how InternEvo spelled the experts' keys
+    ep: int = 1  # data ranks that share the experts between them
     dtype: torch.dtype = torch.bfloat16
 
     def at(self, **layout: Any) -> "Generation":
@@ -60,6 +60,9 @@ EVO032 = Generation(old_mlp=False, groups=("default", "fp32"))  # new names, and
 EVO033 = EVO032.at(prefix="")
 EVO_INTERNLM2 = EVO02_INTERNLM2.at(prefix="")
 EVO_LLAMA2 = EVO_INTERNLM2.at(family="LLAMA2")
+MOE_GROUPS = ("default", "fp32", "moe_ep_size_2")
+V021_MOE = V021.at(num_experts=4, ep=2, zero=2, groups=MOE_GROUPS)
+EVO_MOE = EVO033.at(num_experts=4, ep=2, zero=2, groups=MOE_GROUPS, wrapped=True)
 EVO_ISP = EVO_INTERNLM2.at(groups=("default", "embed_head", "fp32"), wp=2)
 
 
@@ -78,9 +81,12 @@ def random_weights(generation: Generation, seed: int = 0, vocab: int = VOCAB, ff
             weights[f"{layer}.self_attn.{name}_proj.weight"] = normal(rows, HIDDEN)
             if generation.bias:
                 weights[f"{layer}.self_attn.{name}_proj.bias"] = normal(rows)
-        weights[f"{layer}.mlp.gate_proj.weight"] = normal(ffn, HIDDEN)
-        weights[f"{layer}.mlp.up_proj.weight"] = normal(ffn, HIDDEN)
-        weights[f"{layer}.mlp.down_proj.weight"] = normal(HIDDEN, ffn)
+        if generation.num_experts > 1:
+            weights |= random_experts(generation, layer, HIDDEN, ffn, normal)
+        else:
+            weights[f"{layer}.mlp.gate_proj.weight"] = normal(ffn, HIDDEN)
+            weights[f"{layer}.mlp.up_proj.weight"] = normal(ffn, HIDDEN)
+            weights[f"{layer}.mlp.down_proj.weight"] = normal(HIDDEN, ffn)
         weights[f"{layer}.input_layernorm.weight"] = normal(HIDDEN, mean=1.0)
         weights[f"{layer}.post_attention_layernorm.weight"] = normal(HIDDEN, mean=1.0)
     weights["model.norm.weight"] = normal(HIDDEN, mean=1.0)
@@ -102,14 +108,16 @@ def write(
     with fake_classes() as classes:
         for t, w, p in _ranks(g):
             name = f"tp{t}_pp{p}" if g.wp is None else f"tp{t}_wp{w}_pp{p}"
-            state = cut(g, masters, t, w, p)
+            state, experts = split_files(cut(g, masters, t, w, p))
+            write_experts(folder, experts, sum(_stage_sizes(g)[:p]) * g.chunks, t, g.dtype)
             torch.save(
-                OrderedDict((key, value.to(g.dtype)) for key, value in state.items()), folder / f"model_{name}.pt"
+                OrderedDict((key, value.to(dtype_of(g, key))) for key, value in state.items()),
+                folder / f"model_{name}.pt",
             )
             torch.save({}, folder / f"topo_{name}.json")
         if moments is not None:
             _write_optimizer(folder, g, masters, moments, step, classes)
-            _write_counters(folder, step)
+            write_counters(folder, step)
         torch.save(classes["Config"](_model_config(g, masters, **config)), folder / "model_config.pt")
         if g.has_step:
             torch.save("model = dict()", folder / "config_file.pt")
@@ -124,19 +132,31 @@ def _ranks(g: Generation) -> list[tuple[int, int, int]]:
     return sorted({(r % g.tp, r % g.wp, p) for p in range(g.pp) for r in ranks})
 
 
-def cut(g: Generation, whole: Weights, t: int, w: int, p: int) -> "OrderedDict[str, Tensor]":
-    """The state dict of one rank, in the order of its modules."""
+def dtype_of(g: Generation, key: str) -> torch.dtype:
+    """Of a tensor in a model file: routers are fp32 in every model."""
+    return torch.float32 if ".moe_layer.gate." in key else g.dtype
+
+
+def _stage_sizes(g: Generation) -> list[int]:
+    """Layers of each stage in one chunk."""
+    base, more = divmod(LAYERS // g.chunks, g.pp)
+    return [base + (stage >= g.pp - more) for stage in range(g.pp)]  # the last stages get the remainder
+
+
+def cut(
+    g: Generation, whole: Weights, t: int, w: int, p: int, experts: range | None = None
+) -> "OrderedDict[str, Tensor]":
+    """The state dict of one rank, in the order of its modules; `experts`: those that it held, by default all."""
     state: OrderedDict[str, Tensor] = OrderedDict()
-    per_chunk = LAYERS // g.chunks
-    base, more = divmod(per_chunk, g.pp)
-    sizes = [base + (stage >= g.pp - more) for stage in range(g.pp)]  # the last stages get the remainder
+    per_chunk, sizes = LAYERS // g.chunks, _stage_sizes(g)
+    experts = range(g.num_experts) if experts is None else experts
     for chunk in range(g.chunks):
         prefix = (f"{chunk}." if g.chunks > 1 else "") + g.prefix
         if p == 0 and chunk == 0:
             _embedding(g, state, prefix, whole, t)
         first = chunk * per_chunk + sum(sizes[:p])
         for local in range(sizes[p]):
-            _layer(g, state, prefix, local, f"model.layers.{first + local}", whole, t, w)
+            _layer(g, state, prefix, local, f"model.layers.{first + local}", whole, (t, w), experts)
         if p == g.pp - 1 and chunk == g.chunks - 1:
             name = "head" if g.family == "INTERNLM" else "output"
             state[f"{prefix}norm.weight"] = whole["model.norm.weight"]
@@ -154,8 +174,17 @@ def _embedding(g: Generation, state: dict[str, Tensor], prefix: str, whole: Weig
 
 
 def _layer(
-    g: Generation, state: dict[str, Tensor], prefix: str, local: int, layer: str, whole: Weights, t: int, w: int
+    g: Generation,
+    state: dict[str, Tensor],
+    prefix: str,
+    local: int,
+    layer: str,
+    whole: Weights,
+    ranks: tuple[int, int],
+    experts: range,
 ) -> None:
+    t, w = ranks
+
     def column(value: Tensor) -> Tensor:  # a column-parallel layer cuts its output features
         return value.chunk(g.tp, 0)[t] if g.wp is None else value.chunk(g.wp, 0)[w]
 
@@ -191,6 +220,10 @@ def _layer(
         state[f"{block}.{mixer}.{out}.bias"] = whole[f"{layer}.self_attn.o_proj.bias"]
     state[f"{block}.{norms[0]}.weight"] = whole[f"{layer}.input_layernorm.weight"]
     state[f"{block}.{norms[1]}.weight"] = whole[f"{layer}.post_attention_layernorm.weight"]
+    if g.num_experts > 1:
+        moe = moe_tensors(g, layer, whole, experts, column, row)
+        state.update({f"{block}.{mlp}.{name}": value for name, value in moe.items()})
+        return
     up, down = ("w2", "w3") if g.old_mlp else ("w3", "w2")
     mlp_tensors = {
         "w1": column(whole[f"{layer}.mlp.gate_proj.weight"]),
@@ -233,6 +266,10 @@ def _model_config(g: Generation, whole: Weights, **more: Any) -> dict[str, Any]:
         "use_flash_attn": True,
         "num_chunks": g.chunks,
     }
+    if g.num_experts > 1:
+        config |= {"num_experts": g.num_experts, "moe_use_residual": g.residual}
+    if g.num_experts > 1 and not g.wrapped:  # InternEvo moved the gate's keys to a section that it didn't save
+        config |= {"moe_gate_k": 2, "moe_capacity_factor": 1.0, "moe_noisy_gate_policy": None, "moe_use_rts": True}
     if g.family != "INTERNLM":
         config |= {"num_kv_attention_heads": g.kv_heads, "no_bias": not g.bias, "adapt_hf": g.adapt_hf}
     return config | more
@@ -249,7 +286,8 @@ def _write_optimizer(
     else:
         ranks = [(r % g.tp, r % g.wp, p, r // g.tp) for p in range(g.pp) for r in range(g.tp * g.dp)]
     for t, w, p, z in ranks:
-        kinds = [cut(g, weights, t, w, p) for weights in (masters, *moments)]
+        held = range(z % g.ep * g.num_experts // g.ep, (z % g.ep + 1) * g.num_experts // g.ep)
+        kinds = [cut(g, weights, t, w, p, held) for weights in (masters, *moments)]
         states, plan = _optimizer_state(g, kinds, t, w, z, step, classes)
         if g.plan == "inside":
             states["zero_devide_optim_plan"] = plan
@@ -291,9 +329,15 @@ def _optimizer_state(
 def _grouped_keys(g: Generation, keys: list[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {name: [] for name in g.groups}
     for key in keys:
-        if "embed_head" in groups and ("embedding" in key or "output." in key or "head." in key):
+        if ".experts." in key:
+            groups[f"moe_ep_size_{g.ep}"].append(key)
+        elif "gate" in groups and ".moe_layer.gate." in key:
+            groups["gate"].append(key)
+        elif "norm" in groups and "norm" in key:
+            groups["norm"].append(key)
+        elif "embed_head" in groups and ("embedding" in key or "output." in key or "head." in key):
             groups["embed_head"].append(key)
-        elif "fp32" in groups and g.dtype == torch.float32:
+        elif "fp32" in groups and dtype_of(g, key) == torch.float32:
             groups["fp32"].append(key)
         else:
             groups["default"].append(key)
@@ -302,6 +346,8 @@ def _grouped_keys(g: Generation, keys: list[str]) -> dict[str, list[str]]:
 
 def _zero_group(g: Generation, name: str, t: int, z: int) -> tuple[int, int]:
     """(size, this rank) of the ranks among which a group is shared."""
+    if name.startswith("moe"):  # data ranks that held the same experts
+        return g.zero // g.ep, z // g.ep
     if g.wp is None:
         return g.zero, z
     if name == "embed_head":
@@ -330,68 +376,3 @@ def _deal(
         owned[rank].append(key)
         sizes[rank] += state[key].numel()
     return owned
-
-
-def _write_counters(folder: Path, step: int) -> None:
-    torch.save(
-        {
-            "batch_count": step + 1,  # one batch overflowed
-            "num_consumed_samples_in_epoch": 4 * (step + 2),
-            "num_consumed_tokens": 32 * (step + 2),
-            "inf_nan_skip_batches": 1,
-            "step_count": step,
-            "tensorboard_folder": "RUN/tb",
-        },
-        folder / "context.pt",
-    )
-    torch.save(
-        {
-            "batch_size": 4,
-            "raw_rampup_batch_size": "",
-            "rng_state": np.random.RandomState(1024).get_state(),
-            "epoch": 0,
-            "seed": 1024,
-            "data_world_size": 1,
-            "num_consumed_samples_in_epoch": 4 * (step + 2),
-            "batch_count": step + 2,
-            "indices": np.arange(8),
-        },
-        folder / "sampler.pt",
-    )
-    scheduler = {"warmup_epochs": 4, "finished": True, "_init_steps": 0, "_warmup_steps": 4, "base_lrs": [1e-4]}
-    scheduler |= {"last_epoch": step, "_step_count": step + 1, "_last_lr": [9e-5]}
-    after = {"T_max": 16, "eta_min": 0, "base_lrs": [1e-4], "last_epoch": step - 4, "_last_lr": [9e-5]}
-    scheduler |= {"after_scheduler_type": "CosineAnnealingLR", "after_scheduler_dict": after}
-    torch.save(scheduler, folder / "schedulder.pt")
-
-
-# ---- the classes that 2023 pickles name ------------------------------------------------------------------------------
-
-
-@contextmanager
-def fake_classes() -> Iterator[dict[str, Any]]:
-    """The attribute dict and the enum of 2023, importable under their old names while files are written."""
-
-    class Config(dict):  # type: ignore[type-arg]
-        def __getattr__(self, name: str) -> Any:
-            if name in self:
-                return self[name]
-            raise AttributeError(name)
-
-    class ParallelMode(enum.Enum):
-        ZERO1 = "zero1"
-
-    saved = {name: sys.modules.get(name) for name in _MODULES}
-    for name, cls in zip(_MODULES, (Config, ParallelMode), strict=True):
-        module = types.ModuleType(name)
-        cls.__module__, cls.__qualname__ = name, cls.__name__
-        setattr(module, cls.__name__, cls)
-        sys.modules[name] = module
-    try:
-        yield {"Config": Config, "ParallelMode": ParallelMode}
-    finally:
-        for name, module in saved.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module

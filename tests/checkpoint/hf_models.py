@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "QWEN3_MOE",
         {"num_experts": 5, "moe": {"top_k": 2, "norm_topk": False}, "tie_word_embeddings": True},
     ),
+    "internlm_moe": ("INTERNLM_MoE", {"num_experts": 4, "moe": {"top_k": 2}}),
     "qwen3_tied": ("QWEN3", {"head_dim": 16, "tie_word_embeddings": True, "qk_interleaved": True}),
 }
 

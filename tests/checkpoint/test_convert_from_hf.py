@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from internlm.apis.generate import load_model
 from internlm.checkpoint.native import NativeReader
 from tests.checkpoint import folders_2023 as old
-from tests.checkpoint.test_legacy import llama
+from tests.checkpoint.test_legacy import of_transformers
 from tests.model.tiny import random_batch
 from tools.convert_from_hf import main
 
@@ -41,6 +41,8 @@ def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (old.V021.at(tp=2), ["--version", "1", "--embed_split", "--tp_size", "2"]),
         (old.EVO033.at(tp=4, split_hidden=False), ["--tp_size", "4", "--use_flash"]),
+        (old.V021_MOE.at(tp=2), ["--version", "1", "--embed_split", "--tp_size", "2"]),
+        (old.EVO_MOE, ["--embed_split", "--format", "2023"]),
         (old.EVO_INTERNLM2, ["--format", "2023", "--embed_split"]),
         (old.EVO_INTERNLM2.at(tp=2, bias=True), ["--family", "INTERNLM2_PUBLIC", "--embed_split", "--tp_size", "2"]),
         (old.EVO_LLAMA2.at(tp=2), ["--family", "LLAMA2", "--embed_split", "--tp_size", "2", "--safetensors"]),
@@ -48,16 +50,18 @@ def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 )
 def test_the_layout_of_2023(generation: old.Generation, options: list[str], tmp_path: Path) -> None:
     weights = old.random_weights(generation)
-    llama(generation, weights).save_pretrained(tmp_path / "hf")
+    of_transformers(generation, weights).save_pretrained(tmp_path / "hf")
     old.write(tmp_path / "expected", generation, weights)
     arguments = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), "--dtype", "bfloat16"]
     assert main([*arguments, *options]) == 0
-    for rank in range(generation.tp):
-        name = f"model_tp{rank}_pp0.pt"
+    names = {file.name for file in (tmp_path / "expected").glob("model_*.pt")} - {"model_config.pt"}
+    assert names == {file.name for file in (tmp_path / "out").glob("model_*.pt")} - {"model_config.pt"}
+    for name in names:
         expected, found = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("expected", "out"))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     config = torch.load(tmp_path / "out" / "model_config.pt", weights_only=True)
+    assert config.get("num_experts", 1) == generation.num_experts
     assert config["num_attention_heads"] == old.HEADS and config["mlp_ratio"] * old.HIDDEN == old.FFN
 
 

@@ -22,6 +22,7 @@ LAYOUT_OF = {
     "QWEN3": "qwen3",
     "MIXTRAL": "mixtral",
     "QWEN3_MOE": "qwen3_moe",
+    "INTERNLM_MoE": "granitemoe",
 }
 
 

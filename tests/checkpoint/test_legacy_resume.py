@@ -32,6 +32,7 @@ def config_of(generation: old.Generation, folder: Path, content: Any = ("all",),
         "dtype": str(generation.dtype),
         "qkv_bias": generation.bias,
         "out_bias": generation.bias,
+        "num_experts": generation.num_experts,
         **sections.pop("model", {}),
     }
     load = {"path": str(folder), "content": content, "ckpt_type": "internlm"}
@@ -58,14 +59,15 @@ def under_llamas_names(folder: Path, config: Config, kind: str, target: Path) ->
         if kind_ == kind:
             whole[name] = torch.from_numpy(bits.copy()).view({2: torch.bfloat16, 4: torch.float32}[bits.itemsize])
     model = config.model.model_copy(update={"dtype": "torch.float32"})
-    export_hf(whole.__getitem__, config.model_copy(update={"model": model}), target, arch="llama")
+    arch = "llama" if model.num_experts == 1 else "granitemoe"
+    export_hf(whole.__getitem__, config.model_copy(update={"model": model}), target, arch)
     return load_file(target / "model.safetensors")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_everything_arrives(ranks: int, tmp_path: Path) -> None:
-    masters, exp_avg, exp_avg_sq = written(tmp_path / "old", GENERATION)
-    config = config_of(GENERATION, tmp_path / "old")
+@pytest.mark.parametrize(("ranks", "generation"), [(1, old.V021_MOE), (2, GENERATION)])
+def test_everything_arrives(ranks: int, generation: old.Generation, tmp_path: Path) -> None:
+    masters, exp_avg, exp_avg_sq = written(tmp_path / "old", generation)
+    config = config_of(generation, tmp_path / "old")
     # no step is trained: what was loaded is saved again at once
     run_ranks(ranks, save_what_was_loaded, config, tmp_path / "new")
     saved = tmp_path / "new" / "checkpoints" / str(STEP)

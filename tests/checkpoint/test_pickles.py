@@ -12,7 +12,7 @@ import torch
 from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import UserError
-from tests.checkpoint.folders_2023 import fake_classes
+from tests.checkpoint.side_files_2023 import fake_classes
 
 
 def read(file: Path) -> Any:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from internlm.checkpoint.legacy.experts import Block, check_complete, expert_files, number_blocks, parse_key
 from internlm.checkpoint.legacy.pickles import read_pickle
-from internlm.checkpoint.legacy.tables import MLP_NAMES, Family, Row, family_of, generic, rows
+from internlm.checkpoint.legacy.tables import EXPERTS, MLP_NAMES, Family, Row, family_of, generic, rows
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -19,7 +20,6 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 MODEL_FILE = re.compile(r"model_tp(?P<tp>\d+)(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt")
-_EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_tp\d+\.pt")
 _FSDP_FILE = re.compile(r"model_tp\d+(?:_wp\d+)?_pp\d+_dp\d+\.pt")
 _KEY = re.compile(r"(?P<prefix>(?:(?P<chunk>\d+)\.)?(?:model\.)?)(?P<name>.+)")
 _LAYER = re.compile(r"((?:blocks|layers)\.)(\d+)(\..+)")
@@ -42,6 +42,15 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its stage and its key in the files there. An expert has files of its own."""
+
+    stage: int
+    key: str
+    files: tuple[ModelFile, ...] = ()  # of an expert, by tensor rank
+
+
+@dataclass(frozen=True)
 class Facts:
     """What the tensors say about the model."""
 
@@ -54,6 +63,13 @@ class Facts:
     intermediate_size: int
     qkv_bias: bool
     out_bias: bool
+    num_experts: int
+    has_shared: bool  # a dense layer beside the experts
+
+    @property
+    def model_type(self) -> str:
+        """The family with its experts, as configs of 2023 named it."""
+        return "INTERNLM_MoE" if self.num_experts > 1 else self.family
 
 
 class LegacyFolder:
@@ -66,10 +82,12 @@ class LegacyFolder:
         self.files = self._model_files()
         self.is_isp = "_wp" in self.files[0].name
         self.tensor_size, self.weight_size, self.num_stages = self._sizes()
-        self._places: dict[str, tuple[int, str]] = {}  # key with its global layer number -> stage, key in its files
+        self._places: dict[str, Place] = {}  # by key with global layer number
+        self._blocks: list[Block] = []  # by layer
         self.num_layers, self.prefix = self._scan()
+        self.num_experts = self._scan_experts()
         self.facts = self._detect(mlp)
-        self.table = rows(self.facts.family, self.facts.mlp, self.facts.split_hidden)
+        self.table = rows(self.facts.family, self.facts.mlp, self.facts.split_hidden, self.num_experts)
         self._check_all_known()
         self._report()
 
@@ -85,8 +103,6 @@ class LegacyFolder:
                 f"{self.path} holds {fsdp[0]}, a part of a model that PyTorch's FSDP cut up in 2023; only its own "
                 "program can join those: resume there without fsdp and save again"
             )
-        if experts := [name for name in self.names if _EXPERT_FILE.fullmatch(name)]:
-            raise UserError(f"{self.path} holds {experts[0]}: mixture of experts of 2023 is not read yet")
         if not found:
             raise UserError(f"{self.path} holds no model_tp*_pp*.pt: it is no checkpoint of the 2023 framework")
         if len({"_wp" in file.name for file in found}) > 1:
@@ -138,19 +154,49 @@ class LegacyFolder:
                 )
             first[place] = total
             total += len(numbers)
+        blocks: dict[int, Block] = {}
         for chunk, stage, name, key in found:
-            layer = _LAYER.fullmatch(name)
-            whole = f"{layer[1]}{int(layer[2]) + first[chunk, stage]}{layer[3]}" if layer else name
+            whole = name
+            if layer := _LAYER.fullmatch(name):
+                number = int(layer[2]) + first[chunk, stage]
+                blocks[number] = Block(number, chunk, stage, key.removesuffix(layer[3]) + ".")
+                whole = f"{layer[1]}{number}{layer[3]}"
             if whole in self._places:
                 raise UserError(f"{self.path}: {key} is in the files of two stages")
-            self._places[whole] = (stage, key)
+            self._places[whole] = Place(stage, key)
+        self._blocks = [blocks[number] for number in range(total)]
         return total, next(iter(prefixes), "")
+
+    def _scan_experts(self) -> int:
+        """Finds the places of experts' tensors. Returns how many experts a layer has; 1: it is dense."""
+        files, gate = expert_files(self.names), "blocks.0.mlp.moe_layer.gate.wg.weight"
+        if gate not in self._places:
+            if files:
+                one = next(iter(next(iter(files.values())).values()))
+                raise UserError(
+                    f"{self.path} holds {one}, but its model files have no {gate}: they are of a dense model"
+                )
+            return 1
+        if self.is_isp:
+            raise UserError(f"{self.path}: experts that isp cut between weight ranks are not read")
+        num_experts = self._shape(gate)[0]
+        check_complete(files, self.num_layers, num_experts, self.tensor_size, self.path)
+        keys = {place: list(self.read_file(files[place][0])) for place in sorted(files)}
+        blocks = number_blocks(self._blocks, [(n, inside[0]) for (n, _), inside in keys.items() if inside], self.path)
+        for (number, expert), inside in keys.items():
+            block, by_rank = blocks[number], files[number, expert]
+            of_ranks = tuple(ModelFile(by_rank[tp], tp, 0, block.stage) for tp in sorted(by_rank))
+            for key in inside:
+                parsed = parse_key(key)
+                if parsed is None or parsed[0] != expert:
+                    raise UserError(f"{self.path}/{by_rank[0]} holds {key}, which is not of expert {expert}")
+                whole = f"blocks.{block.layer}.mlp.{EXPERTS['new']}.{expert}.{parsed[1]}"
+                self._places[whole] = Place(block.stage, key, of_ranks)
+        return num_experts
 
     def _detect(self, mlp: Literal["old", "new"] | None) -> Facts:
         family = family_of(self._places)
         if family is None:
-            if any("moe_layer" in key for key in self._places):
-                raise UserError(f"{self.path} is a mixture of experts, which is not read yet")
             some = ", ".join(list(self._places)[:3])
             raise UserError(
                 f"{self.path} is of no known family: it has neither Wqkv, wqkv nor wq (its keys: {some} ...)"
@@ -165,7 +211,8 @@ class LegacyFolder:
         cut = self.weight_size if self.is_isp else self.tensor_size
         split_hidden = f"{embedding}.weight" in self._places
         vocab = self._shape(f"{head}.weight")[0] * self.tensor_size
-        widths = {name: self._shape(f"{block}.{inner}.{name}.weight") for name in ("w1", "w2", "w3")}
+        expert = f"{block}.{inner}.{EXPERTS['new']}.0" if self.num_experts > 1 else f"{block}.{inner}"
+        widths = {name: self._shape(f"{expert}.{name}.weight") for name in ("w1", "w2", "w3")}
         return Facts(
             family=family,
             mlp=mlp or self._mlp_names(family, widths, hidden),
@@ -176,6 +223,8 @@ class LegacyFolder:
             intermediate_size=widths["w1"][0] * cut,
             qkv_bias=f"{block}.{qkv}.bias" in self._places,
             out_bias=f"{block}.{out}.bias" in self._places,
+            num_experts=self.num_experts,
+            has_shared=f"{block}.{inner}.residual_mlp.w1.weight" in self._places,
         )
 
     def _mlp_names(self, family: Family, shapes: dict[str, tuple[int, ...]], hidden: int) -> Literal["old", "new"]:
@@ -195,8 +244,8 @@ class LegacyFolder:
         """Of the first rank's part of a tensor."""
         if key not in self._places:
             raise UserError(f"{self.path} lacks {key}: files of a stage are missing, or another program wrote them")
-        stage, raw = self._places[key]
-        return tuple(self.read_file(self._shard_files(stage, False)[0].name)[raw].shape)
+        place = self._places[key]
+        return tuple(self.read_file(self._files_of(place, False)[0].name)[place.key].shape)
 
     def _check_all_known(self) -> None:
         known = {
@@ -212,8 +261,9 @@ class LegacyFolder:
     def _report(self) -> None:
         facts, names = self.facts, MLP_NAMES[self.facts.mlp]
         logger.info(
-            f"{self.path}: {facts.family} of 2023, {facts.num_layers} layers of {facts.hidden_size}, tensor size "
-            f"{self.tensor_size}, weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start "
+            f"{self.path}: {facts.model_type} of 2023, {facts.num_layers} layers of {facts.hidden_size}"
+            f"{f' with {self.num_experts} experts' if self.num_experts > 1 else ''}, tensor size {self.tensor_size}, "
+            f"weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start "
             f"with {self.prefix!r}, gate {names['gate']}, up {names['up']}, down {names['down']}, embedding cut along "
             f"its {'columns' if facts.split_hidden else 'rows'}"
         )
@@ -234,6 +284,19 @@ class LegacyFolder:
                 first.setdefault(getattr(file, axis), file)
         return [first[rank] for rank in sorted(first)]
 
+    def _files_of(self, place: Place, by_tensor: bool) -> list[ModelFile]:
+        return list(place.files) or self._shard_files(place.stage, by_tensor)
+
+    def experts_of(self, stage: int, tp: int) -> list[tuple[int, str, tuple[int, ...]]]:
+        """(expert, key, shape) of a tensor rank's parts of a stage's experts, in the order of the model."""
+        found = []
+        for place in self._places.values():
+            if place.files and place.stage == stage:
+                parsed = parse_key(place.key)
+                assert parsed is not None
+                found.append((parsed[0], place.key, tuple(self.shard(place.files[tp], place.key).shape)))
+        return found
+
     def locate(self, native: str) -> list[tuple[Row, list[ModelFile], str]]:
         """Per tensor of 2023 that a native parameter is made of: its row, the files of all its shards, its key there.
 
@@ -245,10 +308,10 @@ class LegacyFolder:
             key = row.key if layer is None else row.key.replace("{i}", str(layer))
             if key not in self._places:
                 raise UserError(f"{self.path} lacks {key}, which {native} needs")
-            stage, raw = self._places[key]
-            files = self._shard_files(stage, by_tensor=not row.in_block)
+            place = self._places[key]
+            files = self._files_of(place, by_tensor=not row.in_block)
             alone = row.cut == "whole" or (row.cut == "first" and not self.is_isp)
-            located.append((row, files[:1] if alone else files, raw))
+            located.append((row, files[:1] if alone else files, place.key))
         return located
 
     def shard(self, file: ModelFile, key: str) -> Tensor:

@@ -4,6 +4,9 @@ Each zero rank wrote one file: per group one flat tensor of masters and two of m
 after the other, without padding. The plan says which: per group and zero rank the parameters' numbers, counted over the
 group's parameters by falling size (stable), followed by their dims, as in `0_103168_4096`. The group's parameters come
 in the order of the model file of the same rank.
+
+Experts are a group of their own, `moe_ep_size_N`: of N neighbouring data ranks each held an equal share of the experts,
+and data ranks N apart, which held the same, were its zero ranks.
 """
 
 import re
@@ -23,6 +26,8 @@ logger = get_logger(__name__)
 
 _FILE = re.compile(r"optimizer_tp(?P<tp>\d+)(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)_(?:zo|dp)(?P<rank>\d+)\.pt")
 _BUFFER = re.compile(r".*\.(inv_freq|cos_cached|sin_cached)")
+_NORM = re.compile(r"(?:.*\.)?norm[12]?\.weight")
+_EXPERTS = re.compile(r"moe_ep_size_(\d+)")
 _EMBED_OR_HEAD = re.compile(r".*\b(embedding|tok_embeddings|head|output)\b.*")
 Parameter = tuple[str, tuple[int, ...]]  # key in the model file, shape
 
@@ -61,6 +66,7 @@ class LegacyOptimizer:
             )
         # (stage, axis, rank on it, key): isp cuts blocks between weight ranks and the rest between tensor ranks
         self._owners: dict[tuple[int, str, int, str], _Owner] = {}
+        self._experts: dict[tuple[int, int], list[tuple[int, str, tuple[int, ...]]]] = {}  # by stage and tensor rank
         for file in self.files:
             self._index(file)
 
@@ -101,10 +107,15 @@ class LegacyOptimizer:
         flats: dict[int, Tensor] = states["flat_fp32_weights"]
         names = [str(group.get("name", "default")) for group in states["base_optim_states"]["param_groups"]]
         members = self._members(file, names)
-        plan = self._plan(file, states, members)
+        plan = self._plan(file, states, names, members)
         for group, per_rank in enumerate(plan):
             ordered = sorted(members[group], key=lambda parameter: -prod(parameter[1]))
             rank = self._zero_rank(file, names[group], len(per_rank))
+            if per_rank and rank >= len(per_rank):
+                raise UserError(
+                    f"{self.folder.path}/{file.name} is of zero rank {rank} of group {names[group]}, its plan has "
+                    f"{len(per_rank)}; the file is of another run"
+                )
             end = 0
             for identity in per_rank[rank] if per_rank else []:
                 key, shape = self._resolve(file, str(identity), ordered)
@@ -130,12 +141,31 @@ class LegacyOptimizer:
             group = 0
             if "embed_head" in names and _EMBED_OR_HEAD.fullmatch(key):
                 group = names.index("embed_head")
+            elif "gate" in names and ".moe_layer.gate." in key:
+                group = names.index("gate")
+            elif "norm" in names and _NORM.fullmatch(key):
+                group = names.index("norm")
             elif "fp32" in names and value.dtype == torch.float32:
                 group = names.index("fp32")
             members[group].append((key, tuple(value.shape)))
+        for group, name in enumerate(names):
+            if of_experts := _EXPERTS.fullmatch(name):
+                members[group] = self._held_experts(file, int(of_experts[1]))
         return members
 
-    def _plan(self, file: _File, states: dict[str, Any], members: list[list[Parameter]]) -> list[list[list[str]]]:
+    def _held_experts(self, file: _File, expert_size: int) -> list[Parameter]:
+        """Those of the data rank that wrote the file, which with experts is the zero rank."""
+        place = (file.pp, file.tp)
+        if place not in self._experts:
+            self._experts[place] = self.folder.experts_of(*place)
+        num_held = self.folder.num_experts // expert_size
+        first = file.rank % expert_size * num_held
+        held = range(first, first + num_held)
+        return [(key, shape) for expert, key, shape in self._experts[place] if expert in held]
+
+    def _plan(
+        self, file: _File, states: dict[str, Any], names: Sequence[str], members: list[list[Parameter]]
+    ) -> list[list[list[str]]]:
         """Per group and zero rank the parameters' ids."""
         if "zero_devide_optim_plan" in states:
             return states["zero_devide_optim_plan"]
@@ -145,10 +175,15 @@ class LegacyOptimizer:
             return self.folder.read_file(apart[0])
         logger.info(f"{file.name} has no plan of who owned what: the rule of 2023 is applied, and sizes are compared")
         ranks = sum((other.tp, other.pp) == (file.tp, file.pp) for other in self.files)
-        return [_deal_out(group, ranks) for group in members]
+        return [
+            _deal_out(group, ranks // int(of_experts[1]) if (of_experts := _EXPERTS.fullmatch(name)) else ranks)
+            for name, group in zip(names, members, strict=True)
+        ]
 
     def _zero_rank(self, file: _File, group: str, ranks: int) -> int:
         """Which of a group's zero ranks wrote the file. isp files are named by data rank; every rank wrote one."""
+        if of_experts := _EXPERTS.fullmatch(group):
+            return file.rank // int(of_experts[1])
         if not self.folder.is_isp or not ranks:
             return file.rank
         if group == "embed_head":

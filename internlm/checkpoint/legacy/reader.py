@@ -14,6 +14,7 @@ from internlm.checkpoint.legacy.optimizer import LegacyOptimizer
 from internlm.checkpoint.legacy.tables import Row, join
 from internlm.checkpoint.storage import Storage
 from internlm.config.legacy import OLD_FAMILIES
+from internlm.config.loader import merge
 from internlm.config.modernise import Report, modernise
 from internlm.config.presets import PRESETS
 from internlm.config.schema import Config, ModelConfig
@@ -32,14 +33,21 @@ _OF_TRAINING = (
 
 class LegacyReader:
     """`folder`: path or fsspec URL. `run`: the config that the tensors are read for; export and generation have none,
-    and take `config` from the folder. `mlp`: see `LegacyFolder`. Raises UserError.
+    and take `config` from the folder. `mlp`: see `LegacyFolder`. `top_k`: experts that compute a token, where neither
+    run nor folder says. Raises UserError.
     """
 
-    def __init__(self, folder: str | Path, run: Config | None = None, mlp: Literal["old", "new"] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        run: Config | None = None,
+        mlp: Literal["old", "new"] | None = None,
+        top_k: int | None = None,
+    ) -> None:
         url = str(Path(folder).expanduser()) if "://" not in str(folder) else str(folder)
         self.folder = LegacyFolder(Storage(url), "", mlp)
         self.path = self.folder.path
-        section = _section(self.folder, run)
+        section = _section(self.folder, run, top_k)
         self._rearrange = False
         if run is not None:
             self._rearrange = section["qk_interleaved"] != run.model.qk_interleaved
@@ -51,7 +59,7 @@ class LegacyReader:
             check_model({"model": {**section, "qk_interleaved": run.model.qk_interleaved}}, run, self.path)
             self.config = run
         else:
-            self.config = _config(self.folder.facts.family, section, self._has_fp32_norms(), self.path)
+            self.config = _config(self.folder.facts.model_type, section, self._has_fp32_norms(), self.path)
         self._interleaved = bool(section["qk_interleaved"])
         self._shapes = native_shapes(self.config.model)
         self._optimizer: LegacyOptimizer | None = None
@@ -102,7 +110,7 @@ class LegacyReader:
         return self.folder.shard(files[0], key).dtype
 
 
-def _section(folder: LegacyFolder, run: Config | None) -> dict[str, Any]:
+def _section(folder: LegacyFolder, run: Config | None, top_k: int | None) -> dict[str, Any]:
     """The model section: what tensors say, and for the rest model_config.pt or, without that, the run."""
     facts, raw = folder.facts, folder.model_config
     if raw is None and run is None:
@@ -116,7 +124,9 @@ def _section(folder: LegacyFolder, run: Config | None) -> dict[str, Any]:
         section = run.model.model_dump()
     else:
         _compare(folder.path, raw, facts)
-        section = modern_section(folder.path, raw, facts.family)
+        section = modern_section(folder.path, raw, facts.model_type)
+    if facts.num_experts > 1:
+        section["moe"] = _moe_section(folder, run, section["moe"], top_k)
     _, files, key = folder.locate("layers.0.attention.wqkv.weight")[0]
     return {
         **section,
@@ -124,6 +134,7 @@ def _section(folder: LegacyFolder, run: Config | None) -> dict[str, Any]:
         "hidden_size": facts.hidden_size,
         "vocab_size": facts.vocab_size,
         "intermediate_size": facts.intermediate_size,
+        "num_experts": facts.num_experts,
         "qkv_bias": facts.qkv_bias,
         "out_bias": facts.out_bias,
         "tie_word_embeddings": False,
@@ -132,9 +143,25 @@ def _section(folder: LegacyFolder, run: Config | None) -> dict[str, Any]:
     }
 
 
+def _moe_section(folder: LegacyFolder, run: Config | None, moe: dict[str, Any], top_k: int | None) -> dict[str, Any]:
+    """InternLM 0.2.1 kept the gate's keys in model_config.pt; InternEvo had them in a section that it didn't save."""
+    if "moe_gate_k" in (folder.model_config or {}):
+        top_k = moe["top_k"]
+    elif run is not None:
+        top_k = run.model.moe.top_k
+    if top_k is None:
+        raise UserError(
+            f"{folder.path} doesn't say how many experts compute a token: model_config.pt has no moe_gate_k. It is "
+            "top_k of the moe section of the run's config: tools/convert_from_hf.py --top_k NUMBER makes a checkpoint "
+            "that knows it"
+        )
+    shared = {"num_shared_experts": int(folder.facts.has_shared), "mix_shared": folder.facts.has_shared}
+    return {**moe, "top_k": top_k, "intermediate_size": None, **shared}
+
+
 def _compare(path: str, raw: dict[str, Any], facts: Facts) -> None:
     """Tensors and model_config.pt must be of one model."""
-    for name in ("num_layers", "hidden_size", "vocab_size"):
+    for name in ("num_layers", "hidden_size", "vocab_size", "num_experts"):
         if name in raw and raw[name] != getattr(facts, name):
             raise UserError(
                 f"{path}: model_config.pt says {name}={raw[name]}, its tensors say {getattr(facts, name)}; files of a "
@@ -156,7 +183,7 @@ def modern_section(path: str, raw: dict[str, Any], family: str) -> dict[str, Any
     if unknown:
         logger.warning(f"{path}/model_config.pt: {', '.join(unknown)} mean nothing here and are left out")
     known = {key: value for key, value in tree["model"].items() if key not in unknown}
-    return {"qk_interleaved": False, **PRESETS[family], **OLD_FAMILIES.get(family, {}), **known}
+    return merge({"qk_interleaved": False, **PRESETS[family], **OLD_FAMILIES.get(family, {})}, known)
 
 
 def _config(family: str, section: dict[str, Any], fp32_norms: bool, path: str) -> Config:

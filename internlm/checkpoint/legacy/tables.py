@@ -20,6 +20,8 @@ Family = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
 Cut = Literal["rows", "columns", "first", "whole"]
 # Which of w1, w2, w3 is what: InternLM to 0.2.1 and InternEvo to 0.2.3, or InternEvo from 0.3.0.
 MLP_NAMES = {"old": {"gate": "w1", "up": "w2", "down": "w3"}, "new": {"gate": "w1", "up": "w3", "down": "w2"}}
+# What precedes an expert's number in keys: InternLM 0.2.1, or InternEvo. Our keys here are those of the latter.
+EXPERTS = {"old": "moe_layer.experts.experts", "new": "moe_layer.experts.wrapped_experts"}
 _Q: Index = (slice(None), slice(0, -2))
 _K: Index = (slice(None), -2)
 _V: Index = (slice(None), -1)
@@ -29,7 +31,7 @@ _V: Index = (slice(None), -1)
 class Row:
     """One tensor of 2023: the native pieces that are stacked in it, and how each piece was cut."""
 
-    key: str  # {i} is the layer, counted inside its stage and chunk
+    key: str  # {i} is the layer
     pieces: tuple[Index, ...]
     cut: Cut
     in_block: bool = (
@@ -37,7 +39,7 @@ class Row:
     )
 
 
-def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool) -> dict[str, list[Row]]:
+def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool, num_experts: int = 1) -> dict[str, list[Row]]:
     """Native parameter -> tensors of 2023. `split_hidden`: the embedding was cut along its columns."""
     w = MLP_NAMES[mlp]
     if family == "INTERNLM":
@@ -53,6 +55,9 @@ def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool) -> dict
             for kind in ("weight", "bias")
         }
     inner = "" if split_hidden else ".word_embeddings"
+    feed_forward = _feed_forward("layers.{i}.feed_forward", f"{layer}.{mlp_name}", w)
+    if num_experts > 1:
+        feed_forward = _experts(f"{layer}.{mlp_name}", w, num_experts)
     return {
         "embedding.weight": [
             Row(f"{embedding}{inner}.weight", (ALL,), "columns" if split_hidden else "rows", in_block=False)
@@ -61,15 +66,39 @@ def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool) -> dict
         "layers.{i}.attention.wqkv.bias": qkv["bias"],
         "layers.{i}.attention.wo.weight": [Row(f"{layer}.{attention}.{output}.weight", (ALL,), "columns")],
         "layers.{i}.attention.wo.bias": [Row(f"{layer}.{attention}.{output}.bias", (ALL,), "first")],
-        "layers.{i}.feed_forward.w13.weight": [
-            Row(f"{layer}.{mlp_name}.{w['gate']}.weight", ((0,),), "rows"),
-            Row(f"{layer}.{mlp_name}.{w['up']}.weight", ((1,),), "rows"),
-        ],
-        "layers.{i}.feed_forward.w2.weight": [Row(f"{layer}.{mlp_name}.{w['down']}.weight", (ALL,), "columns")],
+        **feed_forward,
         "layers.{i}.attention_norm.weight": [Row(f"{layer}.{norms[0]}.weight", (ALL,), "whole")],
         "layers.{i}.ffn_norm.weight": [Row(f"{layer}.{norms[1]}.weight", (ALL,), "whole")],
         "head.norm.weight": [Row("norm.weight", (ALL,), "whole", in_block=False)],
         "head.weight": [Row(f"{head}.weight", (ALL,), "rows", in_block=False)],
+    }
+
+
+def _feed_forward(native: str, old: str, w: Mapping[str, str]) -> dict[str, list[Row]]:
+    return {
+        f"{native}.w13.weight": [
+            Row(f"{old}.{w['gate']}.weight", ((0,),), "rows"),
+            Row(f"{old}.{w['up']}.weight", ((1,),), "rows"),
+        ],
+        f"{native}.w2.weight": [Row(f"{old}.{w['down']}.weight", (ALL,), "columns")],
+    }
+
+
+def _experts(old: str, w: Mapping[str, str], num_experts: int) -> dict[str, list[Row]]:
+    """Router and experts, and the dense layer beside them (moe_use_residual=True) with the weights of the mixture."""
+    native, expert = "layers.{i}.feed_forward", f"{old}.{EXPERTS['new']}"
+    numbers = range(num_experts)
+    return {
+        f"{native}.router.weight": [Row(f"{old}.moe_layer.gate.wg.weight", (ALL,), "whole")],
+        f"{native}.experts.w13": [
+            Row(f"{expert}.{e}.{w[name]}.weight", ((e, part),), "rows")
+            for e in numbers
+            for part, name in enumerate(("gate", "up"))
+        ],
+        f"{native}.experts.w2": [Row(f"{expert}.{e}.{w['down']}.weight", ((e,),), "columns") for e in numbers],
+        **_feed_forward(f"{native}.shared", f"{old}.residual_mlp", w),
+        f"{native}.mix.weight": [Row(f"{old}.coefficient.weight", (ALL,), "whole")],
+        f"{native}.mix.bias": [Row(f"{old}.coefficient.bias", (ALL,), "whole")],
     }
 
 

@@ -1,5 +1,6 @@
 """A model in the folder layout of 2023, for programs that read nothing else."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.hf_names import native_shapes
-from internlm.checkpoint.legacy.tables import Family, generic, rows, shard
+from internlm.checkpoint.legacy.tables import EXPERTS, Family, generic, rows, shard
 from internlm.config.schema import ModelConfig
 from internlm.utils.device import torch_dtype
 from internlm.utils.errors import UserError
@@ -26,7 +27,8 @@ def write_legacy(
     tensor_size: int = 1,
     split_hidden: bool = True,
 ) -> None:
-    """Writes model_tp{t}_pp0.pt for each of `tensor_size` ranks, and model_config.pt.
+    """Writes model_tp{t}_pp0.pt for each of `tensor_size` ranks, model_moe_layer{L}_expert{E}_tp{t}.pt for its experts,
+    and model_config.pt.
 
     `family` None: INTERNLM for a model with biases and one key/value head per query head, else INTERNLM2_PUBLIC. `mlp`:
     "old" for InternLM 0.1 to 0.2.1 (keys start with `model.`, w3 is the output), "new" for InternEvo from 0.3.3 on (no
@@ -39,27 +41,40 @@ def write_legacy(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"target folder {folder} is not empty; give another one")
     folder.mkdir(parents=True, exist_ok=True)
-    table = rows(chosen, mlp, split_hidden)
+    table = rows(chosen, mlp, split_hidden, model.num_experts)
     prefix, dtype = ("model." if mlp == "old" else ""), torch_dtype(model.dtype)
     for rank in range(tensor_size):
-        state: dict[str, Tensor] = {}
+        states: dict[str, dict[str, Tensor]] = {}  # by file
         for name in native_shapes(model):
             value = named(name).detach().cpu()
             for row in table[generic(name)[0]]:
                 part = shard(row, value, rank, tensor_size)
                 if part is not None:
-                    state[prefix + row.key.replace("{i}", str(generic(name)[1]))] = part.to(dtype).contiguous()
-        torch.save(state, folder / f"model_tp{rank}_pp0.pt")
+                    key = row.key.replace("{i}", str(generic(name)[1]))
+                    file, key = _place(key, rank, mlp)
+                    kept = torch.float32 if ".gate." in key else dtype  # a router is fp32 in a model of any dtype
+                    states.setdefault(file, {})[prefix + key] = part.to(kept).contiguous()
+        for file, state in states.items():
+            torch.save(state, folder / file)
         torch.save({}, folder / f"topo_tp{rank}_pp0.json")
     torch.save(_model_config(model, chosen, split_hidden), folder / "model_config.pt")
     logger.info(f"wrote {folder} in the layout of 2023: {chosen}, tensor size {tensor_size}, {mlp} names")
+
+
+def _place(key: str, rank: int, mlp: Literal["old", "new"]) -> tuple[str, str]:
+    """The file of a tensor, and its key there. Experts have files of their own, and their keys had two spellings."""
+    expert = re.fullmatch(rf"blocks\.(\d+)\.mlp\.{re.escape(EXPERTS['new'])}\.(\d+)\..+", key)
+    if expert is None:
+        return f"model_tp{rank}_pp0.pt", key
+    spelled = key.replace(EXPERTS["new"], EXPERTS[mlp])
+    return f"model_moe_layer{expert[1]}_expert{expert[2]}_tp{rank}.pt", spelled
 
 
 def _check(model: ModelConfig, family: Family, mlp: str, tensor_size: int) -> None:
     problems = {
         "model.tie_word_embeddings=True": model.tie_word_embeddings,
         "model.qk_norm=True": model.qk_norm,
-        f"model.num_experts={model.num_experts}": model.num_experts > 1,
+        **_moe_problems(model, family),
         f"model.head_dim={model.head_dim}": model.head_size * model.num_attention_heads != model.hidden_size,
         f"model.qkv_bias={model.qkv_bias}, model.out_bias={model.out_bias}": model.qkv_bias != model.out_bias,
         f"model.num_kv_attention_heads={model.num_kv_heads}": family == "INTERNLM" and model.q_per_kv != 1,
@@ -73,10 +88,27 @@ def _check(model: ModelConfig, family: Family, mlp: str, tensor_size: int) -> No
         "key/value heads": model.num_kv_heads,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "feed-forward width": model.ffn_size,
+        "feed-forward width": model.expert_size,
     }
     if uneven := [f"{key} {size}" for key, size in sizes.items() if size % tensor_size]:
         raise UserError(f"--tp_size {tensor_size} does not divide {', '.join(uneven)}")
+
+
+def _moe_problems(model: ModelConfig, family: Family) -> dict[str, bool]:
+    """GShard's gates of 2023: softmax scores, of one expert as they are, of two as shares of both."""
+    moe = model.moe
+    if model.num_experts == 1:
+        return {}
+    return {
+        f"model.num_experts={model.num_experts}": family != "INTERNLM",
+        f"model.moe.top_k={moe.top_k}": moe.top_k > 2,
+        f"model.moe.score={moe.score!r}": moe.score != "softmax",
+        f"model.moe.norm_topk={moe.norm_topk}": moe.normalises != (moe.top_k == 2),
+        f"model.moe.bias_rate={moe.bias_rate}": moe.bias_rate > 0,
+        f"model.moe.num_shared_experts={moe.num_shared_experts}, model.moe.mix_shared={moe.mix_shared}": (
+            moe.num_shared_experts != int(moe.mix_shared)
+        ),
+    }
 
 
 def _model_config(model: ModelConfig, family: Family, split_hidden: bool) -> dict[str, Any]:
@@ -91,13 +123,20 @@ def _model_config(model: ModelConfig, family: Family, split_hidden: bool) -> dic
         "parallel_output": True,
         "hidden_size": model.hidden_size,
         "num_layers": model.num_layers,
-        "mlp_ratio": model.ffn_size / model.hidden_size,
+        "mlp_ratio": model.expert_size / model.hidden_size,
         "apply_post_layer_norm": False,
         "dtype": torch_dtype(model.dtype),
         "norm_type": "rmsnorm",
         "layer_norm_epsilon": model.layer_norm_epsilon,
         "use_flash_attn": True,
     }
+    if model.num_experts > 1:
+        config |= {
+            "num_experts": model.num_experts,
+            "moe_gate_k": model.moe.top_k,
+            "moe_use_residual": model.moe.mix_shared,
+            "moe_type": "GShard",
+        }
     if family != "INTERNLM":
         config |= {
             "num_kv_attention_heads": model.num_kv_heads,
