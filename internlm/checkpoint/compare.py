@@ -11,7 +11,7 @@ from internlm.utils.logger import common_warning, get_logger
 logger = get_logger(__name__)
 
 # What the same weights compute depends on these as well, though they fit in any case.
-_MEANING = ("qk_interleaved", "rope_base", "layer_norm_epsilon", "norm_head")
+_MEANING = ("qk_interleaved", "rope_base", "rope_scaling", "layer_norm_epsilon", "norm_head")
 _MOE_MEANING = ("top_k", "score", "normalises")
 
 

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
+from internlm.config.rope_section import RopeScaling
 from internlm.config.schema import ModelConfig
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -22,7 +25,8 @@ _CLASSES = {
 _PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2", "internlm3": "InternLM3"}  # of the remote-code classes
 _GRANITE_FACTORS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 # What a reader may set otherwise without loading a different set of weights.
-_FREE = ("rope_base", "max_position_embeddings")
+_FREE = ("rope_base", "rope_scaling", "max_position_embeddings")
+_WHOLE = ("original_max_position_embeddings",)
 
 
 def config_json(layout: str, model: ModelConfig, dtype: str, tied: bool, special_ids: dict[str, Any]) -> dict[str, Any]:
@@ -55,10 +59,15 @@ def config_json(layout: str, model: ModelConfig, dtype: str, tied: bool, special
 
 def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
     """Fields that only one family reads."""
-    theta = {"rope_theta": model.rope_base, "rope_scaling": None}
+    scaling = model.rope_scaling.spelled_out() if model.rope_scaling is not None else None
+    # Engines that are older than the key rope_type call it type.
+    older = None if scaling is None else {"type": scaling["rope_type"], **scaling}
+    theta = {"rope_theta": model.rope_base, "rope_scaling": older}
     if layout == "internlm":
         # "origin": plain rotary at any length, as trained; the published default "dynamic" changes long positions.
         rotary = {"base": model.rope_base, "type": "origin"}
+        if model.rope_scaling is not None:
+            rotary |= {"type": "dynamic", "scaling_factor": model.rope_scaling.factor}
         return {"bias": model.qkv_bias, "rotary": rotary, "auto_map": _auto_map(layout)}
     if layout == "internlm2":
         return {"bias": model.qkv_bias, **theta, "attn_implementation": "eager", "auto_map": _auto_map(layout)}
@@ -66,7 +75,7 @@ def _layout_fields(layout: str, model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.head_size,
         "attention_dropout": 0.0,
         **theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "rope_parameters": {"rope_theta": model.rope_base, **(scaling or {"rope_type": "default"})},
     }
     if layout == "internlm3":
         biases = {"qkv_bias": model.qkv_bias, "bias": False}  # the latter of the output and feed-forward projections
@@ -155,6 +164,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "intermediate_size": hf["intermediate_size"],
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
         "rope_base": float(_rope(hf).get("rope_theta", 10000.0)),
+        "rope_scaling": _rope_scaling(hf, file),
         "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "qkv_bias": qkv_bias,
         "out_bias": False if layout in ("qwen2", "internlm3") else bias,
@@ -210,9 +220,36 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings under the names of transformers 5, from any of the places where they were once kept."""
     rotary = hf.get("rotary") or {}  # InternLM, 2023
     theta = hf.get("rope_theta", rotary.get("base", 10000.0))
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling")
+    if not scaling and rotary.get("type") == "dynamic":
+        scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}
+    scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     return {"rope_theta": theta, **scaling, "rope_type": kind}
+
+
+def _rope_scaling(hf: dict[str, Any], file: str) -> dict[str, Any] | None:
+    """`model.rope_scaling`; raises UserError naming a type or key that is not computed here."""
+    rope = _rope(hf)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return None
+    others = ("partial_rotary_factor", "rope_theta", "rope_type", "type")
+    scaling = {key: value for key, value in rope.items() if key not in others and value is not None}
+    if kind in ("yarn", "llama3"):
+        outside = hf.get("original_max_position_embeddings")  # transformers prefers it
+        inside = scaling.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+        scaling["original_max_position_embeddings"] = outside or inside
+    numbers = {
+        key: float(value) if type(value) is int and key not in _WHOLE else value for key, value in scaling.items()
+    }
+    try:
+        return RopeScaling.model_validate({"type": kind, **numbers}).model_dump()
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, part['loc']))} {part['msg']}" for part in error.errors())
+        raise UserError(
+            f"{file}: rope_scaling of type {kind!r} is not supported by our Transformer: {reasons}"
+        ) from error
 
 
 def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
@@ -227,14 +264,8 @@ def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
         **{key: hf.get(key, 1.0) != 1.0 for key in _GRANITE_FACTORS},
         "attention_multiplier": hf["model_type"] == "granitemoe" and not _has_usual_scores(hf),
         "quantization_config": hf.get("quantization_config") is not None,
-        # "dynamic" changes positions beyond max_position_embeddings only.
-        "rope_scaling": rope["rope_type"] not in ("default", "dynamic"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1,
     }
-    found = [f"{key}={hf.get(key, rope.get(key, rope['rope_type']))}" for key, is_wrong in wrong.items() if is_wrong]
+    found = [f"{key}={hf.get(key, rope.get(key, 'missing'))}" for key, is_wrong in wrong.items() if is_wrong]
     if found:
         raise UserError(f"{file}: {', '.join(found)} is not supported by our Transformer; choose another model")
-    if rope["rope_type"] == "dynamic":
-        logger.warning(
-            f"{file}: dynamic rotary scaling is not applied; results are the same up to max_position_embeddings"
-        )

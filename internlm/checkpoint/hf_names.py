@@ -115,6 +115,7 @@ LAYOUTS = {
     "internlm3": _LLAMA,
     "internlm2": _INTERNLM2,
 }
+_REMOTE_SCALING = {"internlm": ("dynamic",), "internlm2": ("linear", "dynamic")}  # what their published code knows
 REMOTE_CODE = ("internlm", "internlm2", "internlm3")  # layouts whose model class is not part of transformers
 
 
@@ -195,6 +196,10 @@ def check_layout(layout: str, model: ModelConfig) -> None:
             experts,
         ],
     }
+    scaling = model.rope_scaling
+    for remote, types in _REMOTE_SCALING.items():
+        wrong = scaling is not None and scaling.type not in types
+        problems[remote].append((wrong, f"rope_scaling.type={scaling.type!r}" if scaling is not None else ""))
     if layout not in problems:
         raise UserError(f"Hugging Face layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
     found = [text for wrong, text in problems[layout] if wrong]

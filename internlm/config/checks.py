@@ -62,6 +62,18 @@ def heads(config: Config) -> Problems:
         )
 
 
+def rotary(config: Config) -> Problems:
+    model, seq_len = config.model, config.data.seq_len
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "dynamic" or seq_len <= model.max_position_embeddings:
+        return
+    yield (
+        f"model.rope_scaling.type = 'dynamic' stretches texts longer than model.max_position_embeddings = "
+        f"{model.max_position_embeddings} in inference, and data.seq_len = {seq_len} would train on them: raise "
+        "model.max_position_embeddings, or choose linear, yarn or llama3"
+    )
+
+
 def experts(config: Config) -> Problems:
     model, moe = config.model, config.model.moe
     if model.num_experts == 1:
@@ -280,6 +292,8 @@ def alerts(config: Config) -> Problems:
 
 CHECKS: tuple[Callable[[Config], Problems], ...] = (
     heads,
+    rotary,
+    rotary,
     experts,
     precision,
     adapters,

@@ -327,7 +327,11 @@ TABLE: tuple[OldSpelling, ...] = (
         _falsy,
         "blocks are pre-norm; set False (INTERNLM ignored the key)",
     ),
-    dropped("model.use_dynamic_ntk_rope", "off by default", _falsy, f"dynamic NTK {NOT_YET}; set False"),
+    OldSpelling(
+        "model.use_dynamic_ntk_rope",
+        'True: `model.rope_scaling` of type "dynamic" and factor 1; False: dropped',
+        lambda v, section: {"model.rope_scaling": {"type": "dynamic", "factor": 1.0}} if v else {},
+    ),
     dropped("model.is_reward", "off by default", _falsy, f"reward heads {NOT_YET}; set False"),
     dropped("model.deepnorm", "off by default", _falsy, "InternLM2 refused it too; set False"),
     *_experts("model.moe_"),

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from internlm.config.data_section import DataConfig
 from internlm.config.output_sections import CkptConfig, MonitorConfig
+from internlm.config.rope_section import RopeScaling
 from internlm.config.section import Fraction, PositiveInt, Section
 
 Dtype = Literal["torch.float32", "torch.tf32", "torch.bfloat16", "torch.float16"]
@@ -86,6 +87,7 @@ class ModelConfig(Section):
     )
     max_position_embeddings: PositiveInt = Field(2048, description="longest position, written into exports")
     rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary angles")
+    rope_scaling: RopeScaling | None = Field(None, description="rotary angles for longer texts; None: as they are")
     qk_interleaved: bool = Field(False, description="rotary pairs elements 2j and 2j+1 instead of j and j + head_dim/2")
     layer_norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of every RMSNorm")
     qkv_bias: bool = Field(False, description="bias on the query, key and value projections")

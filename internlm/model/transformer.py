@@ -98,7 +98,11 @@ class Transformer(nn.Module):
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, batch: Batch) -> Tensor:
         """x [tokens, hidden] through some of `layers`, neighbours in order."""
         dtype = torch_dtype(self.config.dtype)
-        cos, sin = rotary_tables(batch.positions, self.config.head_size, self.config.rope_base, dtype)
+        texts = None
+        if self._is_longer(batch.segments.max_length):
+            lengths = torch.tensor(batch.segments.lengths, device=x.device)
+            texts = lengths, lengths
+        cos, sin = self._rotary(batch.positions, dtype, texts)
         for block in blocks:
             x = block(x, cos, sin, batch.segments)
         return x
@@ -112,13 +116,35 @@ class Transformer(nn.Module):
         """
         places = cache.places(tokens.shape[1])
         x = self.embedding(tokens.flatten())
-        cos, sin = rotary_tables(places.flatten(), self.config.head_size, self.config.rope_base, x.dtype)
+        texts = None
+        if self._is_longer(cache.longest + tokens.shape[1]):
+            texts = cache.lengths + (tokens.shape[1] if num_new is None else num_new), tokens.shape[1]
+        cos, sin = self._rotary(places.flatten(), x.dtype, texts)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, None, cache.layer(index, places))
         cache.advance(tokens.shape[1], num_new)
         rows = torch.arange(len(tokens), device=x.device)
         last = tokens.shape[1] - 1 if num_new is None else (num_new - 1).clamp(min=0)
         return self.head(x.unflatten(0, tokens.shape)[rows, last], self._tied_weight())
+
+    def _is_longer(self, length: int) -> bool:
+        """Whether rotary angles of a text depend on how long it is."""
+        scaling = self.config.rope_scaling
+        return scaling is not None and scaling.type == "dynamic" and length > self.config.max_position_embeddings
+
+    def _rotary(
+        self, positions: Tensor, dtype: torch.dtype, texts: tuple[Tensor, Tensor | int] | None
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_tables(
+            positions,
+            config.head_size,
+            config.rope_base,
+            dtype,
+            config.rope_scaling,
+            texts,
+            config.max_position_embeddings,
+        )
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Output of the last block [tokens, hidden]."""

@@ -17,6 +17,7 @@ SIZES = {
     "max_position_embeddings": 256,
     "dtype": "torch.float32",
 }
+SHORT = {"max_position_embeddings": 16}  # exceeded by the tests' texts
 # name -> model_type, keys that differ
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm": ("INTERNLM", {}),
@@ -36,6 +37,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 5, "moe": {"top_k": 2, "norm_topk": False}, "tie_word_embeddings": True},
     ),
     "internlm_moe": ("INTERNLM_MoE", {"num_experts": 4, "moe": {"top_k": 2}}),
+    "llama3.1": (
+        "LLAMA2",
+        {
+            "num_kv_attention_heads": 2,
+            "rope_base": 5e5,
+            "rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+        },
+    ),
+    "internlm2_dynamic": ("INTERNLM2_PUBLIC", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, **SHORT}),
+    "qwen2_yarn": (
+        "QWEN2",
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_linear": ("QWEN3", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     "qwen3_tied": ("QWEN3", {"head_dim": 16, "tie_word_embeddings": True, "qk_interleaved": True}),
 }
 

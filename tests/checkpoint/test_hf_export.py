@@ -44,7 +44,8 @@ def test_config_json_says_what_transformers_reads(case: str, tmp_path: Path) -> 
     export_hf(named(model), config, tmp_path)
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters["rope_theta"] == config.model.rope_base
-    assert theirs.rope_parameters["rope_type"] == "default"
+    scaling = config.model.rope_scaling
+    assert theirs.rope_parameters["rope_type"] == ("default" if scaling is None else scaling.type)
     assert theirs.rms_norm_eps == config.model.layer_norm_epsilon
     assert theirs.max_position_embeddings == config.model.max_position_embeddings
     assert theirs.head_dim == config.model.head_size

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from internlm.checkpoint.hf import HFReader, export_hf
+from internlm.config.rope_section import RopeScaling
 from internlm.config.schema import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
@@ -45,7 +48,7 @@ def test_export_then_import_is_bit_equal(case: str, arch: str | None, tmp_path: 
         arch = {
             "INTERNLM": "internlm",
             "INTERNLM2_PUBLIC": "internlm2",
-            "LLAMA2": "internlm2",
+            "LLAMA2": "internlm2" if config.model.rope_scaling is None else "internlm3",
             "QWEN2": "internlm3",
         }.get(config.model_type)
     export_hf(named(model), config, tmp_path, arch=arch, max_shard="20KB")
@@ -72,6 +75,12 @@ def test_export_then_import_is_bit_equal(case: str, arch: str | None, tmp_path: 
         (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, "QWEN2"),
         (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}, "QWEN3"),
         (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}, "MIXTRAL"),
+        (
+            GraniteMoeConfig,
+            GraniteMoeForCausalLM,
+            {"num_local_experts": 4, "attention_bias": True, "attention_multiplier": 12**-0.5},
+            "INTERNLM_MoE",
+        ),
         (
             Qwen3MoeConfig,
             Qwen3MoeForCausalLM,
@@ -141,10 +150,18 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are llama"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
+        ({"model_type": "granitemoe"}, "attention_multiplier=missing"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "rope_scaling=llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "factor": 8.0, "short_factor": [1.0]}},
+            "of type 'longrope' is not",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "mrope"}}, "of type 'mrope' is not supported"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True}}, "finetuned"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.5}}, "factor Input should be"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"vocab_size": None}, "vocab_size missing"),
         ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
         ({"num_hidden_layers": 1}, "does not explain: model.layers.1"),
@@ -169,6 +186,28 @@ def test_what_we_cannot_compute_is_refused(export: Path, changes: dict[str, Any]
 def test_rotary_base_is_found_wherever_it_was_kept(export: Path, old: dict[str, Any], base: float) -> None:
     edit(export / "config.json", **old)
     assert HFReader(export).config_model()["rope_base"] == base
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, {"type": "dynamic", "factor": 2.0}),
+        ({"rotary": {"base": 2e4, "type": "dynamic"}}, {"type": "dynamic", "factor": 1.0}),  # InternLM, 2023
+        ({"rotary": {"base": 2e4, "type": "origin"}}, None),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 32}},
+            {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_rotary_scaling_is_read(export: Path, old: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    edit(export / "config.json", rope_parameters=None, **old)
+    scaling = HFReader(export).config_model()["rope_scaling"]
+    assert scaling == (expected and RopeScaling.model_validate(expected).model_dump())
 
 
 def test_pickles_are_refused(export: Path) -> None:

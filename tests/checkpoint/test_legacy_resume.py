@@ -56,7 +56,8 @@ def under_llamas_names(folder: Path, config: Config, kind: str, target: Path) ->
     """A kind of tensors of a checkpoint of ours, joined by the safetensors library and renamed by the export."""
     whole = {}
     for (name, kind_), bits in global_tensors(folder).items():
-        if kind_ == kind:
+        # an fp32 parameter, such as a router, is its own master
+        if kind_ == kind or (kind == "master" and kind_ == "param" and bits.itemsize == 4):
             whole[name] = torch.from_numpy(bits.copy()).view({2: torch.bfloat16, 4: torch.float32}[bits.itemsize])
     model = config.model.model_copy(update={"dtype": "torch.float32"})
     arch = "llama" if model.num_experts == 1 else "granitemoe"

@@ -62,6 +62,10 @@ def problems_with(small, **keys) -> list[str]:
         ({"model__hidden_size": 60}, "hidden_size / model.num_attention_heads = 60/4 = 15"),
         ({"model__head_dim": 7}, "model.head_dim = 7"),
         ({"model__num_kv_attention_heads": 3}, "4 = 1 * 3 + 1"),
+        (
+            {"model__rope_scaling": {"type": "dynamic", "factor": 2.0}, "model__max_position_embeddings": 8},
+            "model.max_position_embeddings = 8 in inference",
+        ),
         ({"model__dtype": "torch.float16", "hybrid_zero_optimizer__master": "split"}, 'set master="fp32"'),
         ({"data__rampup_batch_size": "2 2"}, '"START INCR EVERY"'),
         ({"data__rampup_batch_size": "a b c"}, '"START INCR EVERY"'),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from internlm.config.rope_section import RopeScaling
 from internlm.model.attention import KVCache
 from internlm.model.batch import Batch, Segments
 from tests.model.tiny import random_model, tiny_config
@@ -105,3 +106,23 @@ def test_a_long_prompt_makes_one_row_of_logits():
     model.head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape))
     model.decode(torch.randint(61, (2, 40)), KVCache(model.config, 2, 40, "cpu", torch.float32))
     assert sizes == [(2, 61)]
+
+
+@torch.no_grad()
+def test_dynamic_scaling_goes_by_the_length_of_each_text():
+    scaling = RopeScaling(type="dynamic", factor=2.0)
+    model = random_model(tiny_config(max_position_embeddings=8, rope_scaling=scaling))
+    rows = [torch.randint(61, (length,)) for length in (20, 5, 11)]
+    alone = [full_logits(model, row) for row in rows]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    tokens = torch.cat(rows)
+    packed = model(Batch(tokens, torch.full_like(tokens, -100), positions, Segments.of((20, 5, 11))))
+    assert_same(packed, torch.cat(alone))
+    plain = random_model(tiny_config())
+    assert_same(alone[1], full_logits(plain, rows[1]))  # not longer than 8
+    assert (alone[2] - full_logits(plain, rows[2])).abs().max() > 1e-2
+    cache = KVCache(model.config, 3, 20, "cpu", torch.float32)
+    padded = torch.zeros(3, 20, dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        padded[row, : len(tokens)] = tokens
+    assert_same(model.decode(padded, cache, torch.tensor([20, 5, 11])), torch.stack([each[-1] for each in alone]))

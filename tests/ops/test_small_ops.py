@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from internlm.config.rope_section import RopeScaling
 from internlm.ops.rms_norm import rms_norm, rms_norm_reference
 from internlm.ops.rotary import rotary_tables, rotate
 from internlm.ops.swiglu import swiglu, swiglu_reference
@@ -106,3 +107,37 @@ def test_angles_are_those_of_transformers_bit_for_bit(base):
     expected = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
     for table, theirs in zip(rotary_tables(positions, 128, base, torch.float32), expected, strict=True):
         assert torch.equal(table, theirs[0, :, :64])
+
+
+SCALINGS = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 6.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 16.0, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8},
+    {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.25},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("base", [1e4, 5e5])
+def test_scaled_angles_are_those_of_transformers_bit_for_bit(base, scaling):
+    old_length = {"original_max_position_embeddings": 4096} if scaling["rope_type"] in ("llama3", "yarn") else {}
+    ours = RopeScaling(
+        type=scaling["rope_type"], **{k: v for k, v in scaling.items() if k != "rope_type"}, **old_length
+    )
+    theirs = LlamaConfig(
+        head_dim=128, max_position_embeddings=4096, rope_parameters={**scaling, **old_length, "rope_theta": base}
+    )
+    rotary = LlamaRotaryEmbedding(theirs)
+    for length in (4000, 32768, 5000, 100):
+        positions = torch.arange(0, length, 7)
+        expected = rotary(torch.empty(0), positions[None])
+        texts = positions[-1:] + 1, len(positions)
+        tables = rotary_tables(positions, 128, base, torch.float32, ours, texts, 4096)
+        for table, other in zip(tables, expected, strict=True):
+            assert torch.equal(table, other[0, :, :64]), length
+        if scaling["rope_type"] == "dynamic":
+            rotary = LlamaRotaryEmbedding(theirs)  # it would go on with the longest text so far

@@ -27,7 +27,6 @@ logger = get_logger(__name__)
 _OF_TRAINING = (
     *("checkpoint", "num_chunks", "parallel_output", "embed_split_hidden", "use_flash_attn", "sequence_parallel"),
     *("drop_rate", "attn_drop_rate", "dropout_selective_checkpoint", "mlp_layer_fusion", "dtype", "device"),
-    "use_dynamic_ntk_rope",  # beyond max_position_embeddings only
 )
 
 

@@ -80,6 +80,7 @@ def _check(model: ModelConfig, family: Family, mlp: str, tensor_size: int) -> No
         f"model.num_kv_attention_heads={model.num_kv_heads}": family == "INTERNLM" and model.q_per_kv != 1,
         "no biases": family == "INTERNLM" and not model.qkv_bias,
         "model.qk_interleaved=True": family == "INTERNLM" and model.qk_interleaved,
+        "model.rope_scaling": not _is_dynamic_ntk_or_plain(model, family),
         "--version 1, which it never had": family == "INTERNLM2_PUBLIC" and mlp == "old",
     }
     if found := [text for text, wrong in problems.items() if wrong]:
@@ -92,6 +93,13 @@ def _check(model: ModelConfig, family: Family, mlp: str, tensor_size: int) -> No
     }
     if uneven := [f"{key} {size}" for key, size in sizes.items() if size % tensor_size]:
         raise UserError(f"--tp_size {tensor_size} does not divide {', '.join(uneven)}")
+
+
+def _is_dynamic_ntk_or_plain(model: ModelConfig, family: Family) -> bool:
+    scaling = model.rope_scaling
+    if scaling is None:
+        return True
+    return scaling.type == "dynamic" and scaling.factor == 1 and family != "LLAMA2"
 
 
 def _moe_problems(model: ModelConfig, family: Family) -> dict[str, bool]:
@@ -130,6 +138,8 @@ def _model_config(model: ModelConfig, family: Family, split_hidden: bool) -> dic
         "layer_norm_epsilon": model.layer_norm_epsilon,
         "use_flash_attn": True,
     }
+    if model.rope_scaling is not None:
+        config |= {"use_dynamic_ntk_rope": True, "max_position_embeddings": model.max_position_embeddings}
     if model.num_experts > 1:
         config |= {
             "num_experts": model.num_experts,
