@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from internlm.checkpoint.legacy.experts import Block, check_complete, expert_files, number_blocks, parse_key
+from internlm.checkpoint.legacy.facts import detect
 from internlm.checkpoint.legacy.pickles import read_pickle
-from internlm.checkpoint.legacy.tables import EXPERTS, MLP_NAMES, Family, Row, family_of, generic, rows
+from internlm.checkpoint.legacy.tables import EXPERTS, MLP_NAMES, Row, generic, rows
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -50,28 +51,6 @@ class Place:
     files: tuple[ModelFile, ...] = ()  # of an expert, by tensor rank
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the tensors say about the model."""
-
-    family: Family
-    mlp: Literal["old", "new"]
-    split_hidden: bool
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    intermediate_size: int
-    qkv_bias: bool
-    out_bias: bool
-    num_experts: int
-    has_shared: bool  # a dense layer beside the experts
-
-    @property
-    def model_type(self) -> str:
-        """The family with its experts, as configs of 2023 named it."""
-        return "INTERNLM_MoE" if self.num_experts > 1 else self.family
-
-
 class LegacyFolder:
     """`folder` below `storage`. `mlp` settles which of w2 and w3 is the output where shapes can't. Raises UserError."""
 
@@ -86,7 +65,10 @@ class LegacyFolder:
         self._blocks: list[Block] = []  # by layer
         self.num_layers, self.prefix = self._scan()
         self.num_experts = self._scan_experts()
-        self.facts = self._detect(mlp)
+        cut = self.weight_size if self.is_isp else self.tensor_size
+        self.facts = detect(
+            self._places, self._shape, self.num_layers, self.num_experts, self.tensor_size, cut, mlp, self.path
+        )
         self.table = rows(self.facts.family, self.facts.mlp, self.facts.split_hidden, self.num_experts)
         self._check_all_known()
         self._report()
@@ -193,52 +175,6 @@ class LegacyFolder:
                 whole = f"blocks.{block.layer}.mlp.{EXPERTS['new']}.{expert}.{parsed[1]}"
                 self._places[whole] = Place(block.stage, key, of_ranks)
         return num_experts
-
-    def _detect(self, mlp: Literal["old", "new"] | None) -> Facts:
-        family = family_of(self._places)
-        if family is None:
-            some = ", ".join(list(self._places)[:3])
-            raise UserError(
-                f"{self.path} is of no known family: it has neither Wqkv, wqkv nor wq (its keys: {some} ...)"
-            )
-        block, inner = ("blocks.0", "mlp") if family == "INTERNLM" else ("layers.0", "feed_forward")
-        embedding, head = ("embedding", "head") if family == "INTERNLM" else ("tok_embeddings", "output")
-        qkv = {"INTERNLM": "mixer.Wqkv", "INTERNLM2_PUBLIC": "attention.wqkv", "LLAMA2": "attention.wq"}[family]
-        out = "mixer.out_proj" if family == "INTERNLM" else "attention.wo"
-        if f"{block}.{inner}.fc1.weight" in self._places:
-            raise UserError(f"{self.path} was trained with use_swiglu=False; only SwiGLU feed-forwards are built")
-        hidden = self._shape("norm.weight")[0]
-        cut = self.weight_size if self.is_isp else self.tensor_size
-        split_hidden = f"{embedding}.weight" in self._places
-        vocab = self._shape(f"{head}.weight")[0] * self.tensor_size
-        expert = f"{block}.{inner}.{EXPERTS['new']}.0" if self.num_experts > 1 else f"{block}.{inner}"
-        widths = {name: self._shape(f"{expert}.{name}.weight") for name in ("w1", "w2", "w3")}
-        return Facts(
-            family=family,
-            mlp=mlp or self._mlp_names(family, widths, hidden),
-            split_hidden=split_hidden,
-            num_layers=self.num_layers,
-            hidden_size=hidden,
-            vocab_size=vocab,
-            intermediate_size=widths["w1"][0] * cut,
-            qkv_bias=f"{block}.{qkv}.bias" in self._places,
-            out_bias=f"{block}.{out}.bias" in self._places,
-            num_experts=self.num_experts,
-            has_shared=f"{block}.{inner}.residual_mlp.w1.weight" in self._places,
-        )
-
-    def _mlp_names(self, family: Family, shapes: dict[str, tuple[int, ...]], hidden: int) -> Literal["old", "new"]:
-        """The one of w2 and w3 with `hidden` columns is the up projection, beside the gate."""
-        is_up = {name: shapes[name][1] == hidden for name in ("w2", "w3")}
-        if is_up["w2"] != is_up["w3"]:
-            return "old" if is_up["w2"] else "new"
-        if family == "INTERNLM2_PUBLIC":
-            return "new"  # its names never changed
-        raise UserError(
-            f"{self.path}: w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])} have shapes that don't tell which "
-            "is the output of the feed-forward layer. It is w3 in InternLM 0.1 to 0.2.1 and InternEvo up to 0.2.3, w2 "
-            "from InternEvo 0.3.0 on: convert the folder with tools/convert2hf.py --version 1 (w3) or --version 2 (w2)"
-        )
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """Of the first rank's part of a tensor."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from internlm.checkpoint.compare import check_model
 from internlm.checkpoint.hf_names import native_shapes, to_half_split, to_interleaved
-from internlm.checkpoint.legacy.folder import Facts, LegacyFolder
+from internlm.checkpoint.legacy.facts import Facts
+from internlm.checkpoint.legacy.folder import LegacyFolder
 from internlm.checkpoint.legacy.optimizer import LegacyOptimizer
 from internlm.checkpoint.legacy.tables import Row, join
 from internlm.checkpoint.storage import Storage
