@@ -1,5 +1,6 @@
 # InternLM2-7B on pairs of answers, from a fine-tuned checkpoint, on one node of 8 GPUs of 80 GB.
-#   ckpt.load_ckpt_info.path=HF_FOLDER ckpt.load_ckpt_info.ckpt_type=hf data.train_folder=... data.tokenizer_path=HF_FOLDER
+#   ckpt.load_ckpt_info.path=HF_FOLDER ckpt.load_ckpt_info.ckpt_type=hf
+#   data.tokenizer_path=HF_FOLDER data.train_folder=...
 _base_ = ["_base_/default_runtime.py", "_base_/models/internlm2_7B.py"]
 
 JOB_NAME = "7b_dpo"

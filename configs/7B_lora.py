@@ -1,6 +1,7 @@
 # InternLM2-7B with LoRA on conversations, on one GPU of 80 GB: 16 GB of frozen weights, 40 M trained parameters.
 # Tell it what to start from and what to train on:
-#   ckpt.load_ckpt_info.path=HF_FOLDER ckpt.load_ckpt_info.ckpt_type=hf data.train_folder=... data.tokenizer_path=HF_FOLDER
+#   ckpt.load_ckpt_info.path=HF_FOLDER ckpt.load_ckpt_info.ckpt_type=hf
+#   data.tokenizer_path=HF_FOLDER data.train_folder=...
 _base_ = ["_base_/default_runtime.py", "_base_/models/internlm2_7B.py"]
 
 JOB_NAME = "7b_lora"
