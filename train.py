@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = evaluated(trainer.steps(), model, optimizer, config, mesh)
         if args.profiling:
             reports = traced(reports, run_dir / "traces", world.rank)
-        with Monitor(config, run_dir, world.rank, start_step=state.batch_count) as monitor:
+        with Monitor(config, run_dir, world.rank, start_step=state.batch_count, ranks=mesh.world_group) as monitor:
             for report in reports:
                 monitor.report(report)
                 checkpointer.after_step(report)

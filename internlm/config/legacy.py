@@ -273,10 +273,13 @@ TABLE: tuple[OldSpelling, ...] = (
     respelled("data.rampup_batch_size", "None is an empty string", _is(None), lambda value: ""),
     respelled("data.skip_batches", "None is an empty string", _is(None), lambda value: ""),
     respelled("data.min_length_dict", "None is an empty dict", _is(None), lambda value: {}),
-    dropped(
-        "data.empty_cache_and_diag_interval", "the allocator needs no emptying; slow ranks are not searched for yet"
+    renamed(
+        "data.empty_cache_and_diag_interval",
+        "monitor.slow_rank_every",
+        lambda value: value if value > 0 else 50,
+        "; the allocator needs no emptying",
     ),
-    dropped("data.diag_outlier_ratio", "slow ranks are not searched for yet"),
+    renamed("data.diag_outlier_ratio", "monitor.slow_rank_ratio", lambda value: max(1.0, float(value))),
     OldSpelling(
         "data.use_packed_dataset",
         '`data.packing` = "unpacked" for False, dropped for True',

@@ -50,4 +50,10 @@ class MonitorConfig(Section):
     stuck_after: Annotated[float, Field(ge=0)] = Field(
         600.0, description="seconds without a finished step after which every rank logs where it stands; 0: never"
     )
+    slow_rank_every: Annotated[int, Field(ge=0)] = Field(
+        50, description="steps between two comparisons of how long the ranks' forward and backward take; 0: never"
+    )
+    slow_rank_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.1, description="a rank is called slow when it takes so many times the average"
+    )
     alert: AlertConfig = Field(AlertConfig(), description="messages to people")

@@ -4,11 +4,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from torch.distributed import ProcessGroup
+
 from internlm.config.schema import Config
 from internlm.monitor.alert import Alert
 from internlm.monitor.console import Console
 from internlm.monitor.metrics_file import AnswersFile, MetricsFile
 from internlm.monitor.plot import LossPlot
+from internlm.monitor.slow_ranks import SlowRanks
 from internlm.monitor.tensorboard import TensorBoard
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
@@ -26,14 +29,25 @@ class Monitor:
     """Writes the outputs of a run into `run_dir`; a context manager that closes them, whatever happens.
 
     Every rank makes one, which looks out for a run that is stuck; that of rank 0 writes. `start_step` is the number of
-    batches done before: what the files hold beyond it is dropped. Batches that were left out have no line.
+    batches done before: what the files hold beyond it is dropped. Batches that were left out have no line. `ranks`,
+    where given, are searched for slow ones.
     """
 
-    def __init__(self, config: Config, run_dir: Path, rank: int = 0, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        rank: int = 0,
+        start_step: int = 0,
+        ranks: ProcessGroup | None = None,
+    ) -> None:
         self.listeners: list[Listener] = []
         self.alert = Alert(config, rank)
         stuck_after = config.monitor.stuck_after
         self.watchdog = Watchdog(stuck_after, self.alert.send) if stuck_after else None
+        self.slow_ranks = None
+        if ranks is not None and ranks.size() > 1:
+            self.slow_ranks = SlowRanks(config.monitor, rank, ranks, self.alert.send)
         if rank != 0:
             return
         metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
@@ -48,6 +62,8 @@ class Monitor:
     def report(self, report: StepReport) -> None:
         if self.watchdog is not None:
             self.watchdog.step_ended()
+        if self.slow_ranks is not None:
+            self.slow_ranks.report(report)
         if report.skipped and not report.is_evaluated:
             return
         self.alert.report(report)

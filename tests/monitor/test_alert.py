@@ -1,4 +1,4 @@
-"""Messages to people, against a webhook of our own; and the watchdog, against a step that never ends."""
+"""Messages to people, against a webhook of our own; the watchdog, against a step that never ends; slow ranks."""
 
 import json
 import logging
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from internlm.config.schema import Config
 from internlm.monitor.alert import Alert
 from internlm.monitor.monitor import Monitor
+from internlm.monitor.slow_ranks import SlowRanks, typical
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
+from tests.pool import run_ranks
 from tests.train.tiny import make_config
 
 
@@ -122,3 +125,25 @@ def test_the_watchdog_is_quiet_while_steps_end():
     dog.step_ended()
     dog.close()  # returns at once, though an hour isn't over
     assert told == []
+
+
+def search(rank: int, world_size: int, times: list[float]) -> list[str]:
+    told: list[str] = []
+    config = make_config(monitor={"slow_rank_every": 2, "slow_rank_ratio": 1.2}).monitor
+    ranks = SlowRanks(config, rank, dist.group.WORLD, told.append)
+    for step in (1, 2):
+        ranks.report(StepReport(step=step, step_count=step, fwd_bwd_time=times[rank]))
+    return told
+
+
+def test_a_slow_rank_is_named():
+    first, second = run_ranks(2, search, [1.0, 1.6])
+    assert len(first) == 1 and second == []
+    assert "Rank 1 is slower than avg on fwd_bwd_time" in first[0] and "its time 1.60, avg 1.30" in first[0]
+    assert run_ranks(2, search, [1.0, 1.3]) == [[], []]
+    assert run_ranks(2, search, [0.1, 0.4]) == [[], []], "too short to tell from noise"
+
+
+def test_the_average_of_many_ranks_leaves_out_both_ends():
+    assert typical([1.0, 9.0]) == 5.0
+    assert typical([1.0, 2.0, 3.0, 4.0, 90.0]) == 3.0
