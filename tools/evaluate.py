@@ -19,9 +19,9 @@ from rich.table import Table
 
 from internlm.apis.generate import model_config, open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, open_tasks, run_tasks
-from internlm.apis.tokenizer import check_tokenizer, open_tokenizer
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
+from internlm.data.tokenizer import check_tokenizer, open_tokenizer
 from internlm.utils.device import torch_dtype
 from internlm.utils.errors import UserError
 from internlm.utils.logger import setup_logging

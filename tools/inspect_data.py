@@ -22,7 +22,7 @@ from internlm.config.loader import load_config
 from internlm.data.formats import SampleFile
 from internlm.data.loader import TrainRows, pack_options
 from internlm.data.sources import open_train
-from internlm.data.tokenizer import ChatTokenizer, open_chat_tokenizer
+from internlm.data.tokenizer import Tokenizer, open_tokenizer
 from internlm.utils.errors import UserError
 from internlm.utils.logger import setup_logging
 
@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def coloured(file: SampleFile, index: int, tokenizer: ChatTokenizer | None) -> Text:
+def coloured(file: SampleFile, index: int, tokenizer: Tokenizer | None) -> Text:
     """The sample, each token as text (or as its id, without a tokenizer)."""
     text = Text()
     ids, trained = file.sample(index)
@@ -94,7 +94,7 @@ def inspect(options: argparse.Namespace) -> None:
         raise UserError(f"--sample {number}: there are {total} samples, counted from 0.")
     file = next(file for file in sources.files if (number := number - len(file)) < 0)
     number += len(file)
-    tokenizer = None if config.data.tokenizer_path is None else open_chat_tokenizer(Path(config.data.tokenizer_path))
+    tokenizer = None if config.data.tokenizer_path is None else open_tokenizer(config.data.tokenizer_path)
     console.print(f"[bold]{file.name}, {file.place(number)}")
     console.print(coloured(file, number, tokenizer))
     console.print(statistics(sources.files, rows, pack.row_length))

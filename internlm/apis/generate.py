@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from internlm.apis.sampling import Sampling
-from internlm.apis.tokenizer import Tokenizer, open_tokenizer
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader, is_hf_folder, open_checkpoint
 from internlm.config.schema import ModelConfig
+from internlm.data.tokenizer import Tokenizer, open_tokenizer
 from internlm.model.attention import KVCache
 from internlm.model.transformer import Transformer
 from internlm.utils.device import default_device

@@ -14,7 +14,8 @@ from rich.progress import track
 
 from internlm.apis.generate import stream
 from internlm.apis.sampling import Sampling
-from internlm.apis.tokenizer import TextStream, Tokenizer
+from internlm.apis.text_stream import TextStream
+from internlm.data.tokenizer import Tokenizer
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError

@@ -17,11 +17,11 @@ from torch import Tensor
 from internlm.apis.generate import check_prompt
 from internlm.apis.harness import Scorer, open_tasks, run_tasks
 from internlm.apis.sampling import Sampling
-from internlm.apis.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
-from internlm.data.chat import chat_template
+from internlm.data.chat import chat_template, prompt_ids
 from internlm.data.message import Message
+from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.model.transformer import Transformer
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import Answer, StepReport
@@ -96,7 +96,7 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], Seq
         return [[*begin, *tokenizer.encode(text)] for text in config.evaluation.prompts], ()
     template = chat_template(config.data)
     questions = [[Message("user", text)] for text in config.evaluation.prompts]
-    prompts = [tokenizer.encode(template.render(turns, add_generation_prompt=True)) for turns in questions]
+    prompts = [prompt_ids(tokenizer, template, turns) for turns in questions]
     stops = [tokenizer.id_of(text) for text in template.stop]
     return prompts, [index for index in stops if index is not None]
 

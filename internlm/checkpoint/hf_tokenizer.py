@@ -17,15 +17,13 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from internlm.data.chat_template import ChatTemplate
+from internlm.data.encoder import SPACE
+from internlm.data.tokenizer import INTERNLM2_NAMES
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
-# Pieces that InternLM2's tokenizer keeps free, and what the released chat models call them.
-_NAMES = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
-_INTERNLM2_NAMES = {f"[UNUSED_TOKEN_{number}]": name for number, name in enumerate(_NAMES, 141)}
-_SPACE = "\u2581"  # how sentencepiece writes a blank
 _COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -136,22 +134,10 @@ def _write_files(source: TokenizerSource, folder: Path, max_length: int, templat
     pieces = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
     renamed = {
         piece: name
-        for piece, name in _INTERNLM2_NAMES.items()
+        for name, piece in INTERNLM2_NAMES.items()
         if template is not None and piece in pieces and name in template.source
     }
     _write_fast_tokenizer(processor, folder / "tokenizer.json", renamed)
-
-
-def fast_tokenizer(file: Path) -> Any:
-    """The tokenizer of a tokenizer.json. Raises UserError."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise UserError(f'{file} is read by a package that is missing: pip install "internlm[export]"') from error
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises this bare class
-        raise UserError(f"{file} is not a tokenizer that the tokenizers package reads: {error}") from error
 
 
 def _special_ids(processor: SentencePieceProcessor) -> tuple[int, int, int]:
@@ -279,13 +265,13 @@ def _normaliser(spec: Any) -> Any:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
 def _decoder(spec: Any) -> Any:
     from tokenizers import decoders
 
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else steps)
 
 

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 
 from internlm.config.schema import DataConfig
-from internlm.data.chat_template import ChatTemplate, find_template, template_of, with_marks
+from internlm.data.chat_template import ChatTemplate, Written, find_template, template_of, with_marks
 from internlm.data.formats import Int64s, MegatronFile
-from internlm.data.records import PlainText, Record, pair_of, parse_line, record_of
+from internlm.data.message import Message
+from internlm.data.records import Conversation, PlainText, Record, pair_of, parse_line, record_of
 from internlm.data.text import cached, content_hash
 from internlm.data.tokenize import Encoded, Piece, in_processes, line_number, pieces_of, texts_of
-from internlm.data.tokenizer import ChatTokenizer, Encoding, open_chat_tokenizer, tokenizer_files
+from internlm.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -51,7 +52,7 @@ class ChatEncoder:
 
     def __init__(self, recipe: ChatRecipe) -> None:
         self.recipe = recipe
-        self.tokenizer: ChatTokenizer = open_chat_tokenizer(recipe.tokenizer)
+        self.tokenizer = open_tokenizer(recipe.tokenizer)
         if recipe.train_on != "all" and not recipe.template.marks_answers:
             raise UserError(
                 f"chat template {recipe.template.name} has no generation marks, so it does not say which text the "
@@ -61,23 +62,25 @@ class ChatEncoder:
 
     def encode(self, record: Record) -> Int64s:
         """The ids of a record, complemented where they are not trained on. Raises UserError if none is."""
-        text, spans = self._plain(record) if isinstance(record, PlainText) else self._conversation(record)
-        encoding: Encoding = self.tokenizer.encode(text)
+        text, spans, literal = self._plain(record) if isinstance(record, PlainText) else self._conversation(record)
+        encoding = self.tokenizer.locate(text, literal)
         trained = encoding.inside(spans)
         if not trained[1:].any():  # the first id is no target: nothing predicts it
             raise UserError("no token to train on in this sample: it has no (chosen) assistant turn, or an empty one.")
         return np.where(trained, encoding.ids, ~encoding.ids)
 
-    def _plain(self, record: PlainText) -> tuple[str, list[tuple[int, int]]]:
+    def _plain(self, record: PlainText) -> Written:
         begin, end = self.tokenizer.ends
         head = begin + record.prompt
         text = head + record.completion + end
-        return text, [(len(head), len(text))]
+        return Written(text, [(len(head), len(text))], [])
 
-    def _conversation(self, record: Any) -> tuple[str, list[tuple[int, int]]]:
-        text, spans = self.recipe.template.render_with_answers(record.messages, tools=record.tools or None)
+    def _conversation(self, record: Conversation) -> Written:
+        written = self.recipe.template.write(
+            record.messages, tools=record.tools or None, control=self.tokenizer.control
+        )
         if self.recipe.train_on == "all":
-            return text, [(0, len(text))]
+            return written._replace(answers=[(0, len(written.text))])
         answers = [message for message in record.messages if message.role == "assistant"]
         by_default = [self.recipe.train_on == "answers"] * len(answers)
         by_default[-1:] = [True] * len(answers[-1:])
@@ -86,13 +89,14 @@ class ChatEncoder:
             for message, default in zip(answers, by_default, strict=True)
         ]
         if all(chosen):
-            return text, spans
-        if len(spans) != len(answers):
+            return written
+        if len(written.answers) != len(answers):
             raise UserError(
-                f"chat template {self.recipe.template.name} marks {len(spans)} texts of {len(answers)} assistant "
-                "turns, so single turns cannot be chosen."
+                f"chat template {self.recipe.template.name} marks {len(written.answers)} texts of {len(answers)} "
+                "assistant turns, so single turns cannot be chosen."
             )
-        return text, [span for span, keep in zip(spans, chosen, strict=True) if keep]
+        spans = zip(written.answers, chosen, strict=True)
+        return written._replace(answers=[span for span, keep in spans if keep])
 
     def fitted(self, ids: Int64s, counts: Counter[str]) -> list[Int64s]:
         """The sample as the rule for long ones leaves it, at most `max_length` ids a piece; counts what it did."""
@@ -131,7 +135,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
     """How the conversations of a run are read. Raises UserError where tokenizer, template and model do not fit."""
     assert data.tokenizer_path is not None  # config/checks.py
     path = Path(data.tokenizer_path)
-    tokenizer = open_chat_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     if tokenizer.size > vocab_size:
         raise UserError(
             f"data.tokenizer_path = {path} has {tokenizer.size} ids, but model.vocab_size = {vocab_size}: it is not "
@@ -141,7 +145,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
         logger.info(f"tokenizer {path} has {tokenizer.size} ids, the model {vocab_size}: the rest is not used")
     template = with_marks(chat_template(data))
     stop = template.stop[0] if template.stop else ""
-    if stop and len(tokenizer.encode(stop).ids) != 1:
+    if stop and len(tokenizer.encode(stop)) != 1:
         logger.warning(
             f"chat template {template.name} ends answers with {stop}, which is not one token of {path}: "
             "check that template and tokenizer belong together"
@@ -161,11 +165,22 @@ def chat_template(data: DataConfig) -> ChatTemplate:
     return template_of(path)
 
 
+def prompt_ids(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """The ids of a conversation, up to where the assistant goes on. Raises UserError."""
+    written = template.write(messages, add_generation_prompt=True, tools=tools or None, control=tokenizer.control)
+    return tokenizer.encode(written.text, written.literal)
+
+
 def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     """The samples of a jsonl, json, parquet or arrow file. Raises UserError naming the file and line that is broken."""
     template = recipe.template
     parts = (
-        *("chat", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
+        *("chat, literal turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
         *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples), str(recipe.pairs)),
     )

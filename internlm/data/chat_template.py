@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
@@ -60,37 +60,58 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The conversation's text; with `add_generation_prompt` it ends where the assistant is to go on.
+        """The text of `write`."""
+        return self.write(messages, add_generation_prompt, tools).text
 
-        `tools` are functions in the OpenAI form. Raises UserError for turns that the template refuses.
-        """
-        return self.render_with_answers(messages, add_generation_prompt, tools)[0]
-
-    def render_with_answers(
+    def write(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and (start, end) in characters of what the assistant wrote: its answers with their end tokens."""
+        control: "re.Pattern[str] | None" = None,
+    ) -> "Written":
+        """The conversation's text; with `add_generation_prompt` it ends where the assistant is to go on.
+
+        `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in a turn
+        that is not the assistant's is literal. Raises UserError for turns that the template refuses.
+        """
         template = _compiled(self.source, self.name)
-        turns = [message.as_dict() for message in messages]
+        turns = [_guarded(message, control).as_dict() for message in messages]
         try:
             marked = template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(f"chat template {self.name}: {error}") from error
-        parts = marked.split(_MARK)
-        ends = [0]
-        for part in parts:
-            ends.append(ends[-1] + len(part))
-        # every second part stands between two marks
-        return "".join(parts), list(zip(ends[1:-1:2], ends[2::2], strict=False))
+        text = ""
+        borders, literal = [], []
+        for part in re.split(f"({_MARK}|{_GUARD})", marked):
+            if part == _MARK:
+                borders.append(len(text))
+            elif part == _GUARD:
+                literal.append(len(text))
+            else:
+                text += part
+        return Written(text, list(zip(borders[::2], borders[1::2], strict=False)), literal)
 
 
-# Stands before and after what the assistant wrote, until the text is complete; nobody can have written it into a turn.
-_MARK = f"\x00{secrets.token_hex(8)}\x00"
+class Written(NamedTuple):
+    """A conversation as a template wrote it. Places are in characters."""
+
+    text: str
+    answers: list[tuple[int, int]]  # start and end of what the assistant wrote: its answers with their end tokens
+    literal: list[int]  # where a turn says what would be a control token, had the template said it
+
+
+# Stand in the text until it is complete, around what the assistant wrote and before what is literal. Nobody can have
+# written them into a turn. Of letters and digits, so that they survive a filter such as tojson.
+_MARK, _GUARD = (f"mark{secrets.token_hex(16)}" for _ in range(2))
+
+
+def _guarded(message: Message, control: "re.Pattern[str] | None") -> Message:
+    if control is None or message.role == "assistant":
+        return message
+    return replace(message, content=control.sub(lambda found: _GUARD + found[0], message.content))
 
 
 class _Generation(Extension):

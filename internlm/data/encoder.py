@@ -91,7 +91,7 @@ class Cutter:
     @staticmethod
     def of(model: Any) -> "Cutter | None":
         """None: for this model no cut is known to be safe."""
-        fields = _ModelFields(model.serialized_model_proto())
+        fields = ModelFields(model.serialized_model_proto())
         if not fields.cuts_words:
             return None
         before = sorted({left for piece in fields.pieces for left in re.findall(f"([^{SPACE}]){SPACE}", piece)})
@@ -128,8 +128,8 @@ def load_model(path: str) -> Any:
         raise UserError(f"{path}: not a sentencepiece model file ({error}).") from error
 
 
-class _ModelFields:
-    """What `Cutter` asks of a model file; field numbers from sentencepiece_model.proto."""
+class ModelFields:
+    """What a model file says of its pieces and switches; field numbers from sentencepiece_model.proto."""
 
     def __init__(self, data: bytes) -> None:
         top = list(_proto(data))
@@ -137,7 +137,7 @@ class _ModelFields:
         trainer = dict(item for number, value in top if number == 2 for item in _proto(value))
         normalizer = dict(item for number, value in top if number == 3 for item in _proto(value))
         self.pieces = [piece[1].decode("utf-8") for piece in pieces if 1 in piece]
-        user_defined = [piece[1].decode("utf-8") for piece in pieces if piece.get(3) == 4]
+        self.user_defined = [piece[1].decode("utf-8") for piece in pieces if piece.get(3) == 4]
         self.dummy_prefix = normalizer.get(3, 1) == 1
         self.cuts_words = (
             trainer.get(3) == 2  # model_type: BPE
@@ -146,7 +146,7 @@ class _ModelFields:
             and normalizer.get(4, 1) == 0  # remove_extra_whitespaces
             and normalizer.get(5, 1) == 1  # escape_whitespaces
             and SPACE in self.pieces
-            and not any(SPACE in piece or " " in piece for piece in user_defined)
+            and not any(SPACE in piece or " " in piece for piece in self.user_defined)
         )
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from internlm.apis.in_training import evaluated
-from internlm.apis.tokenizer import open_tokenizer
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
 from internlm.config.checks import find_problems
@@ -18,6 +17,7 @@ from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.data.chat_template import BUILT_IN
 from internlm.data.message import Message
+from internlm.data.tokenizer import open_tokenizer
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
 from internlm.monitor.monitor import Monitor

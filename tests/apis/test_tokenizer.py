@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from internlm.apis.tokenizer import TextStream, open_tokenizer
+from internlm.apis.text_stream import TextStream
 from internlm.apis.tool_calls import parse_tool_calls
 from internlm.data.chat_template import BUILT_IN
 from internlm.data.message import Message, ToolCall
+from internlm.data.tokenizer import open_tokenizer
 from internlm.utils.errors import UserError
 from tests.data.helpers import REAL_TOKENIZER
 
@@ -97,7 +98,7 @@ CODE = ToolCall("interpreter", {"code": "x = 1\nprint(x)"})
 @pytest.mark.parametrize("calls", [(CALL,), (CALL, ToolCall("g", {})), (CODE,)])
 def test_what_a_template_writes_is_read(template: str, calls: tuple[ToolCall, ...]) -> None:
     turn = Message("assistant", "Let me see.", tool_calls=calls)
-    text, spans = BUILT_IN[template].render_with_answers([Message("user", "q"), turn])
+    text, spans, _ = BUILT_IN[template].write([Message("user", "q"), turn])
     answer = text[slice(*spans[0])].removesuffix("<|im_end|>")
     assert parse_tool_calls(answer) == ("Let me see.", calls)
     cut = answer.removesuffix("<|action_end|>").removesuffix("</tool_call>")

@@ -6,7 +6,6 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from internlm.apis.tokenizer import INTERNLM2_NAMES, open_tokenizer
 from internlm.checkpoint.commit import Save, commit, open_folder, write_rank
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.shards import key_of
@@ -15,6 +14,7 @@ from internlm.config.presets import PRESETS
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat_template import BUILT_IN
 from internlm.data.message import Message, ToolCall
+from internlm.data.tokenizer import INTERNLM2_NAMES, open_tokenizer
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.transformer import Transformer
 from tests.model.tiny import random_model

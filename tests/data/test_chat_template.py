@@ -56,7 +56,7 @@ def test_prompts_are_the_published_ones(name: str) -> None:
     assert template.render(TALK, add_generation_prompt=True) == PROMPTS[name]
     if name in SYSTEM_PROMPTS:
         assert template.render(SYSTEM + USER, add_generation_prompt=True) == SYSTEM_PROMPTS[name]
-    text, spans = template.render_with_answers(TALK)
+    text, spans, _ = template.write(TALK)
     assert [text[slice(*span)] for span in spans] == ANSWERS.get(name, ["hello<|im_end|>"])
     assert template.marks_answers and template.stop[0] in text
 
@@ -77,14 +77,14 @@ def test_transformers_renders_the_same(name: str) -> None:
             add_generation_prompt=False,
             **template.tokens,
         )
-        assert template.render_with_answers(talk, tools=tools) == (texts[0], [tuple(span) for span in spans[0]])
+        assert template.write(talk, tools=tools)[:2] == (texts[0], [tuple(span) for span in spans[0]])
         plain = ChatTemplate("plain", template.plain_source, tokens=template.tokens)
         assert plain.render(talk, tools=tools) == texts[0] and not plain.marks_answers
 
 
 def test_internlm2_tools_as_published() -> None:
     """The function call of InternLM's page on its chat format."""
-    text, spans = BUILT_IN["internlm2"].render_with_answers(SYSTEM + TOOL_TALK, tools=TOOLS)
+    text, spans, _ = BUILT_IN["internlm2"].write(SYSTEM + TOOL_TALK, tools=TOOLS)
     listing = json.dumps([WEATHER], indent=4)
     assert text == (
         "<s><|im_start|>system\nBe brief.<|im_end|>\n"
@@ -152,7 +152,7 @@ def test_a_broken_template_names_the_line() -> None:
 def test_nobody_can_write_a_mark() -> None:
     template = BUILT_IN["chatml"]
     turn = "{% generation %}x{% endgeneration %}\x00"
-    text, spans = template.render_with_answers([Message("user", turn), Message("assistant", "y")])
+    text, spans, _ = template.write([Message("user", turn), Message("assistant", "y")])
     assert turn in text and [text[slice(*span)] for span in spans] == ["y<|im_end|>"]
 
 

@@ -16,12 +16,14 @@ import torch
 from internlm.apis.batching import Batcher
 from internlm.apis.generate import Progress, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.sampling import Sampling
-from internlm.apis.tokenizer import TextStream, Tokenizer, check_tokenizer, open_tokenizer
+from internlm.apis.text_stream import TextStream
 from internlm.apis.tool_calls import parse_tool_calls
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader
+from internlm.data.chat import prompt_ids
 from internlm.data.chat_template import ChatTemplate, find_template, template_of
 from internlm.data.message import Message, ToolCall
+from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -105,7 +107,7 @@ class ChatModel:
 
     def prompt_of(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids of a conversation, up to where the assistant goes on. Raises UserError."""
-        return self.tokenizer.encode(self.template.render(messages, add_generation_prompt=True, tools=tools or None))
+        return prompt_ids(self.tokenizer, self.template, messages, tools)
 
     def reply(self, messages: Sequence[Message], options: ReplyOptions | None = None) -> Reply:
         """The assistant's next turn. Raises UserError where the conversation doesn't fit, BusyError."""
