@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from internlm.data.encoder import load_model
 from internlm.data.writer import BinWriter
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 
 MAX_TOKENS = 2047  # before </s>
 NEWLINE = 13  # the byte 0x0A
@@ -93,12 +93,8 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    try:
-        convert(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit code: 0 when all went well, 2 for a mistake that the user can mend."""
+    return exit_code(lambda: convert(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from internlm.data.formats import SampleFile
 from internlm.data.loader import TrainRows, pack_options
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import Tokenizer, open_tokenizer
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import setup_logging
 
 MOST = 10_000  # samples that are read for the trained share; lengths are known of all
@@ -101,13 +101,9 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Exit code: 0 when all went well, 2 for a mistake that the user can mend."""
     setup_logging(0, 1)
-    try:
-        inspect(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: inspect(parse_arguments()))
 
 
 if __name__ == "__main__":

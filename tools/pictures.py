@@ -3,14 +3,26 @@
 They are SVG files in doc/pictures/.
 """
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import StringIO
 from itertools import accumulate, groupby
 from pathlib import Path
 
-from internlm.parallel.zigzag import own_segments, spans
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
-FOLDER = Path(__file__).resolve().parents[1] / "doc" / "pictures"
+from rich.console import Console
+
+from internlm.config.loader import load_config
+from internlm.data.sources import open_train
+from internlm.data.tokenizer import open_tokenizer
+from internlm.parallel.zigzag import own_segments, spans
+from tools.inspect_data import coloured
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "doc" / "pictures"
 COLOURS = ("#2a6fbb", "#e08a1e", "#3a9a5b", "#b8447a")  # of ranks 0 to 3
 Cell = tuple[int, int]  # (rank, step) that computes a pair of tokens
 
@@ -42,6 +54,16 @@ def zigzag(lengths: tuple[int, ...]) -> str:
     shapes.append(_text(margin + edge / 2, margin + edge + 20, "full: step 0, own tokens; pale: at most one rectangle"))
     shapes.append(_text(margin + edge / 2, margin + edge + 36, "per pair of ranks, with keys received in a later step"))
     return _svg(edge + margin + 20, edge + margin + 50, shapes)
+
+
+def sample(config: str, number: int) -> str:
+    """A sample as tools/inspect_data.py shows it."""
+    data = load_config(ROOT / config).data
+    file = open_train(data.model_copy(update={"train_folder": str(ROOT / str(data.train_folder))}), 1024).files[0]
+    console = Console(record=True, width=96, file=StringIO(), highlight=False)
+    console.print(coloured(file, number, open_tokenizer(ROOT / str(data.tokenizer_path))))
+    svg = console.export_svg(title=f"tools/inspect_data.py --config {config} --sample {number}", unique_id="sample")
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # nothing is fetched to look at it
 
 
 def _pairs(lengths: tuple[int, ...], ring: int) -> dict[tuple[int, int], Cell]:
@@ -81,6 +103,7 @@ def _svg(width: int, height: int, shapes: list[str]) -> str:
 
 PICTURES: dict[str, Callable[[], str]] = {
     "zigzag_whole.svg": partial(zigzag, (64,)),
+    "sample.svg": partial(sample, "configs/demo_sft.py", 1),
     "zigzag_packed.svg": partial(zigzag, (9, 30, 1, 20, 4)),
 }
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from internlm.data.encoder import Recipe, load_model
 from internlm.data.tokenize import encode_file, kind_of
 from internlm.data.writer import BinWriter
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 
 BESIDE = ("V7_sft.model", "tokenizer_internlm.model")  # names under which the two 2023 generations shipped the model
 
@@ -74,12 +74,8 @@ def tokenize(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    try:
-        tokenize(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit code: 0 when all went well, 2 for a mistake that the user can mend."""
+    return exit_code(lambda: tokenize(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
 from internlm.checkpoint.hf_tokenizer import write_tokenizer
-from internlm.data.chat import ChatEncoder, ChatRecipe, prompt_ids, recipe_of
+from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, prompt_ids, recipe_of
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
 from internlm.data.fitting import best_fit
 from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
@@ -24,6 +24,7 @@ from internlm.data.tokenizer import open_tokenizer
 from internlm.model.batch import IGNORE_INDEX
 from internlm.utils.errors import UserError
 from tests.data.helpers import REAL_TOKENIZER, make_config
+from tools.chat_tokenizer import signed
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo_sft" / "tokenizer.model"
@@ -314,6 +315,50 @@ def test_unpacked_form_is_that_of_2023(tmp_path: Path) -> None:
         expected = [label for sample in cut for label in [*sample[1:], IGNORE_INDEX]] + [IGNORE_INDEX] * padding
         assert row.data[1].tolist() == expected
         assert row.lengths[:2] == tuple(map(len, cut)) and sum(row.lengths) == 8
+
+
+def test_tokenised_ahead_the_rows_are_the_same(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": "user", "content": "a " * n}, {"role": "assistant", "content": f"b{n}"}]}
+        for n in range(1, 20)
+    ]
+    write_lines(tmp_path / "data" / "en" / "a.jsonl", *talks)
+    write_lines(tmp_path / "data" / "en" / "b.json", json.dumps(talks[::-2]))
+    config = tmp_path / "config.py"
+    config.write_text(
+        "model_type = 'LLAMA2'\nmodel = dict(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=1024)\n"
+        f"data = dict(type='chat', train_folder={str(tmp_path / 'data')!r}, tokenizer_path={str(DEMO)!r}, "
+        "chat_template='chatml', seq_len=64, total_steps=9)\n"
+    )
+    command = [sys.executable, str(ROOT / "tools" / "chat_tokenizer.py"), "--config", config, "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ahead = chat_config(tmp_path / "train", type="tokenized", packing="fit")
+    pairs = list(
+        zip(build_train_loader(chat_config(tmp_path / "data"), 0, 1), build_train_loader(ahead, 0, 1), strict=True)
+    )
+    assert len(pairs) > 3
+    for fly, file in ((batch.micro_batches[0], other.micro_batches[0]) for batch, other in pairs):
+        assert (fly.tokens == file.tokens).all() and (fly.labels == file.labels).all()
+        assert fly.segments.lengths == file.segments.lengths and fly.num_trained == file.num_trained
+
+
+def test_an_id_0_that_is_trained_on_cannot_be_written_ahead() -> None:
+    class File(ChatFile):
+        name = "a.jsonl"
+        documents = np.array([0])
+
+        def __init__(self) -> None: ...
+
+        def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.array([0, 5, 0]), np.array([False, True, index == 1])
+
+        def place(self, index: int) -> str:
+            return f"sample {index}"
+
+    assert signed(File(), 0) == [0, 5, 0]
+    with pytest.raises(UserError, match=r"a\.jsonl, sample 1: id 0 is trained on"):
+        signed(File(), 1)
 
 
 def test_inspect_data_shows_a_sample(tmp_path: Path) -> None:
