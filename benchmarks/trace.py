@@ -1,6 +1,7 @@
 """Where the time of a traced step went: `python benchmarks/trace.py RUN_DIR/traces/rank0.json.gz`.
 
-Kernels are sorted into kinds by their names; idle is the time in which no kernel ran.
+Kernels are sorted into kinds by their names; idle is the time in which no kernel ran, and communication is hidden while
+another kernel runs.
 """
 
 import gzip
@@ -8,12 +9,13 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The first pattern that a kernel's name matches says its kind.
 KINDS = (
-    ("communication", r"nccl"),
+    ("communication", r"nccl|symmetric_memory|Memcpy PtoP"),
     ("attention", r"flash|sdpa|cudnn.*(attn|fprop|bprop)|fmha|attention"),
     ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|splitK"),
     ("optimizer", r"_adamw|norm_reduce|ReduceNorm|NormTwo|reduce_kernel.*Norm"),
@@ -24,18 +26,41 @@ KINDS = (
 )
 
 
-def kernel_table(trace: Path) -> str:
-    """Milliseconds by kind, then the twelve longest kernels."""
-    with gzip.open(trace, "rt", encoding="utf-8") as file:
+Kernel = dict[str, Any]  # with "name", and "ts" and "dur" in microseconds
+
+
+class Communication(NamedTuple):
+    """Milliseconds of a trace: from its first kernel to its last, with communication, with it beside other kernels."""
+
+    span: float
+    total: float
+    hidden: float
+
+
+def read_kernels(trace: Path) -> list[Kernel]:
+    """The kernels and copies of a chrome trace, packed or not."""
+    with (gzip.open if trace.suffix == ".gz" else open)(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def communication_of(kernels: Sequence[Kernel]) -> Communication:
+    """How long communication ran and how much of it is hidden; a wait inside a collective counts as communication."""
+    sent = [kernel for kernel in kernels if _kind(kernel["name"]) == "communication"]
+    computed = [kernel for kernel in kernels if _kind(kernel["name"]) != "communication"]
+    total, both = _covered(sent), _covered(sent) + _covered(computed) - _covered(kernels)
+    return Communication(_span(kernels) / 1000, total / 1000, both / 1000)
+
+
+def kernel_table(trace: Path) -> str:
+    """Milliseconds by kind, then the longest kernels."""
+    kernels = read_kernels(trace)
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         by_kind[_kind(kernel["name"])] += kernel["dur"] / 1000
         by_name[kernel["name"]].append(kernel["dur"] / 1000)
-    start = min(kernel["ts"] for kernel in kernels)
-    span = max(kernel["ts"] + kernel["dur"] for kernel in kernels) - start
+    span = _span(kernels)
     by_kind["idle"] = (span - _covered(kernels)) / 1000
     total = span / 1000
     lines = [f"traced {total:.1f} ms"]
@@ -49,7 +74,13 @@ def _kind(name: str) -> str:
     return next(kind for kind, pattern in KINDS if re.search(pattern, name))
 
 
-def _covered(kernels: list[dict[str, Any]]) -> float:
+def _span(kernels: Sequence[Kernel]) -> float:
+    """Microseconds from the first start to the last end."""
+    ends = [kernel["ts"] + kernel["dur"] for kernel in kernels]
+    return max(ends) - min(kernel["ts"] for kernel in kernels) if kernels else 0.0
+
+
+def _covered(kernels: Sequence[Kernel]) -> float:
     """Microseconds in which at least one kernel ran."""
     covered, end = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel["ts"]):

@@ -172,12 +172,6 @@ def expert(config: Config) -> Problems:
         if ranks > 1:
             yield f"{key} = {ranks}, but model.num_experts = 1 has none to deal out; set it to 1"
         return
-    if config.parallel.pipeline.size > 1 and config.pipeline_schedule in V_SCHEDULES and model.checkpoint is not True:
-        yield (
-            f'parallel.pipeline.schedule = "{config.pipeline_schedule}" splits backward in two, and a router has two '
-            f"gradients, of its choice and of its losses (model.num_experts = {model.num_experts}); set "
-            '"1f1b" or "interleaved", or model.checkpoint=True'
-        )
     if ranks > 0 and model.num_experts % ranks:
         what = not_divided("model.num_experts", model.num_experts, key, ranks)
         yield f"{what}; each rank holds as many. Set {key} to one of {divisors(model.num_experts)}"

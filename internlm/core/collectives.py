@@ -78,23 +78,63 @@ def all_reduce(x: Tensor, group: Group) -> Sent:
     return Sent(total, dist.all_reduce(total, group=group, async_op=True))
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+class Exchange:
+    """A differentiable all-to-all of equal parts on its way: x [ranks, ...] -> [ranks, ...], of which part i comes from
+    rank i's part for this rank. Compute may go on until it calls `wait`.
+
+    It is its own gradient, and in backward compute may go on likewise: the gradient starts to travel where `wait` was
+    called, and is waited for where the exchange began.
+    """
+
+    def __init__(self, x: Tensor, group: Group) -> None:
+        self._way = _Way(group)
+        self._x: Tensor = _Begin.apply(x, self._way)
+
+    def wait(self) -> Tensor:
+        """What has arrived. To be called once."""
+        return _End.apply(self._x, self._way)  # type: ignore[no-untyped-call]
+
+
+class _Way:
+    """What is under way of an exchange, forward or backward. Autograd's graph holds it: it must not hold the graph."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.work: dist.Work | None = None
+
+    def begin(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, x.contiguous(), group=group)
+        self.work = dist.all_to_all_single(received, x.contiguous(), group=self.group, async_op=True)
         return received
+
+    def end(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: _Way) -> Tensor:
+        ctx.way = way
+        return way.begin(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return exchange(grad, ctx.group), None
+        ctx.way.end()
+        return grad, None
 
 
-def exchange(x: Tensor, group: Group) -> Tensor:
-    """All-to-all of equal parts, differentiable: x [ranks, ...] -> [ranks, ...], of which part i comes from rank i's
-    part for this rank. It is its own gradient."""
-    return _Exchange.apply(x, group)  # type: ignore[no-untyped-call]
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, way: _Way) -> Tensor:
+        ctx.way = way
+        way.end()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.way.begin(grad), None
 
 
 def shift(outgoing: Tensor | None, incoming: Tensor | None, distance: int, group: Group) -> Callable[[], Tensor | None]:

@@ -9,12 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+# Programs: tokens x blocks of a token. Only the first dim of a grid may exceed 65,535.
 
 
 @triton.jit
 def _forward(gate_up, out, size, BLOCK: tl.constexpr):
-    token = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate_up += token * 2 * size
     gate = tl.load(gate_up + at, inside).to(tl.float32)
@@ -24,8 +25,8 @@ def _forward(gate_up, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(gate_up, grad, grad_gate_up, size, BLOCK: tl.constexpr):
-    token = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate_up += token * 2 * size
     grad_gate_up += token * 2 * size
@@ -43,7 +44,7 @@ def forward(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous gate_up [tokens, 2, size] -> [tokens, size]."""
     tokens, _, size = gate_up.shape
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    _forward[(triton.cdiv(size, BLOCK), tokens)](gate_up, out, size, BLOCK)
+    _forward[(tokens, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK)
     return out
 
 
@@ -51,5 +52,5 @@ def backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """Gradient of gate_up from contiguous grad [tokens, size]."""
     tokens, _, size = gate_up.shape
     out = torch.empty_like(gate_up)
-    _backward[(triton.cdiv(size, BLOCK), tokens)](gate_up, grad, out, size, BLOCK)
+    _backward[(tokens, triton.cdiv(size, BLOCK))](gate_up, grad, out, size, BLOCK)
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internlm.config.schema import Config
+from internlm.config.schema import V_SCHEDULES, Config
 from internlm.core.mesh import Mesh
 from internlm.model.transformer import Block
 from internlm.ops.segments import Segments
@@ -45,6 +45,8 @@ def _why_not(config: Config, mesh: Mesh) -> str | None:
         return 'model.compile="auto" compiles on GPUs only'
     if config.model.num_experts > 1:
         return "how many tokens an expert gets differs from row to row"
+    if mesh.sizes["pipeline"] > 1 and config.pipeline_schedule in V_SCHEDULES:
+        return f"{config.pipeline_schedule} splits backward in two, and that of a compiled block is one piece"
     talking = [f"{axis} {mesh.sizes[axis]}" for axis in ("tensor", "ring", "ulysses") if mesh.sizes[axis] > 1]
     if talking:
         return f"they communicate ({', '.join(talking)})"

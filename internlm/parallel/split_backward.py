@@ -4,26 +4,27 @@ stage waits, later those of the weights, for which nobody does (zero bubble, Qi 
 A weight's path joins the path from input to output in one node of autograd's graph: the matrix product, the norm. In
 the first part the gradient that arrives there is noted; in the second each such node computes the gradient of its
 weights from it, and nothing else runs. The weights' hooks see their gradients as in any backward.
+
+A weight may join in several nodes that don't depend on one another, as that of experts which are computed one after the
+other: their gradients are computed together, so that it still gets one.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 
-@dataclass
+@dataclass(eq=False)
 class Join:
-    """A node of the graph where weights join, and the gradients that arrived there."""
+    """Nodes of the graph where the same weights join, and the gradients that arrived there."""
 
-    node: Node
+    nodes: list[Node]
     weights: list[nn.Parameter]
-    arrived: tuple[Tensor | None, ...] = field(default=())
-
-    def take(self, gradients: tuple[Tensor | None, ...]) -> None:
-        self.arrived = gradients
+    arrived: dict[Node, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
 
 def backward_input(
@@ -44,7 +45,7 @@ def backward_input(
         What `backward_weights` needs, in the order of this backward. It holds the graph.
     """
     joins = _find_joins(output, x, later)
-    handles = [join.node.register_prehook(join.take) for join in joins]
+    handles = [node.register_prehook(partial(join.arrived.__setitem__, node)) for join in joins for node in join.nodes]
     torch.autograd.backward(output, gradient, inputs=[x, *at_once], retain_graph=True)
     for handle in handles:
         handle.remove()
@@ -54,10 +55,15 @@ def backward_input(
 def backward_weights(joins: Iterable[Join]) -> None:
     """Adds the gradients of the weights that were left. Joins are used up."""
     for join in joins:
-        edges = [GradientEdge(join.node, index) for index, value in enumerate(join.arrived) if value is not None]
-        gradients = [value for value in join.arrived if value is not None]
-        join.arrived = ()
-        if edges:  # a part of the chunk that the loss doesn't depend on got none
+        arrived = [
+            (GradientEdge(node, index), value)
+            for node, values in join.arrived.items()
+            for index, value in enumerate(values)
+            if value is not None
+        ]
+        join.arrived.clear()
+        if arrived:  # a part of the chunk that the loss doesn't depend on got none
+            edges, gradients = zip(*arrived, strict=True)
             torch.autograd.backward(edges, gradients, inputs=join.weights)
 
 
@@ -67,7 +73,7 @@ def _find_joins(output: Tensor, x: Tensor, weights: Sequence[nn.Parameter]) -> l
     start = get_gradient_edge(x).node
     leads = {start}  # nodes through which the gradient of x passes
     below: dict[Node, list[nn.Parameter]] = {}  # other nodes: the weights whose gradients pass through them
-    joins = []
+    joins: list[Join] = []
     for node in _sources_first(get_gradient_edge(output).node):
         if node is start:
             continue
@@ -78,10 +84,17 @@ def _find_joins(output: Tensor, x: Tensor, weights: Sequence[nn.Parameter]) -> l
             continue
         leads.add(node)
         if reached:
-            joins.append(Join(node, reached))
-    found = [weight for join in joins for weight in join.weights]
-    assert len(found) == len(set(found)), "a weight joins the path in two places: its gradient would come twice"
+            _add(joins, Join([node], reached))
     return joins[::-1]
+
+
+def _add(joins: list[Join], new: Join) -> None:
+    """Appends a join, together with those that share a weight with it."""
+    ids = {id(weight) for weight in new.weights}
+    for join in [join for join in joins if not ids.isdisjoint(map(id, join.weights))]:
+        joins.remove(join)
+        new = Join([*join.nodes, *new.nodes], list(dict.fromkeys([*join.weights, *new.weights])))
+    joins.append(new)
 
 
 def _sources_first(root: Node) -> list[Node]:

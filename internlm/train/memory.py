@@ -5,6 +5,7 @@ rank of a world that is only pretended. Activations and what lives for a moment 
 which a test holds against autograd.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from internlm.core.launch import pretend
 from internlm.core.mesh import Axes, Mesh, build_mesh
 from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
+from internlm.parallel.recompute import num_recomputed
+from internlm.parallel.split import pipeline_layout
+from internlm.parallel.timetable import compute_table
 from internlm.solver.buckets import UnitLayout, plan_units
 from internlm.solver.hybrid_zero import num_shards
 from internlm.utils.device import torch_dtype
@@ -70,8 +74,7 @@ def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
     num_gathered = 2 if config.parallel.weight.overlap else 1
     gathered = num_gathered * largest.size * largest.dtype.itemsize if p > 1 else 0
     gathered += largest.size * _grad_dtype(config, largest).itemsize if g > 1 else 0
-    modules = {layout.modules[0] for layout in layouts}
-    activations = _activations(config, mesh, num_blocks=sum(name.startswith("layers.") for name in modules))
+    activations = _activations(config, mesh)
     head = _head(config, mesh) if "head" in {name for layout in layouts for name in layout.modules} else 0
     return Memory(parameters, gradients, masters, moments, gathered, activations, head)
 
@@ -143,22 +146,34 @@ def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -
     return outside / (1 if mode == "mtp" else tensor) + inside / tensor
 
 
-def _activations(config: Config, mesh: Mesh, num_blocks: int) -> int:
-    """Saved for backward; one recomputed block is whole again while it is differentiated.
-
-    Of one micro batch; in a pipeline the first stage has begun as many as there are stages before it ends one.
-    """
+def _activations(config: Config, mesh: Mesh) -> int:
+    """Saved for backward by all micro batches that are under way; one recomputed block is whole again while it is
+    differentiated."""
     model, tensor, mode = config.model, mesh.sizes["tensor"], config.parallel.tensor.mode
     item = 4 if model.residual_in_fp32 else torch_dtype(model.dtype).itemsize
-    recomputed = int(num_blocks * model.recompute_fraction)
-    begun = min(mesh.sizes["pipeline"] - mesh.coordinates["pipeline"], config.data.micro_num)
     block = saved_per_token(model, tensor, mode)
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
-    if model.checkpoint == "selective":
-        kept = begun * num_blocks * selected_per_token(model, tensor, mode) + block
-        return int(_tokens(config, mesh) * kept)
-    kept = begun * ((num_blocks - recomputed) * block + recomputed * stream) + (block if recomputed else 0)
-    return int(_tokens(config, mesh) * kept)
+    selected = selected_per_token(model, tensor, mode)
+
+    def of_chunk(num_blocks: int) -> float:
+        if model.checkpoint == "selective":
+            return num_blocks * selected
+        recomputed = num_recomputed(num_blocks, model.recompute_fraction)
+        return (num_blocks - recomputed) * block + recomputed * stream
+
+    again = block if model.checkpoint else 0
+    return int(_tokens(config, mesh) * (most_kept(config, mesh.coordinates["pipeline"], of_chunk) + again))
+
+
+def most_kept(config: Config, stage: int, of_chunk: Callable[[int], float]) -> float:
+    """The largest sum of `of_chunk(blocks of a chunk)` over what a stage has begun and not ended in a step: a micro
+    batch is kept from a chunk's forward until the gradients of its weights are there."""
+    layout, kept, most = pipeline_layout(config), 0.0, 0.0
+    for action in compute_table(layout, config.data.micro_num)[stage]:
+        size = of_chunk(len(layout.layers[action.chunk]))
+        kept += {"F": size, "B": -size, "I": 0.0, "W": -size}[action.kind]
+        most = max(most, kept)
+    return most
 
 
 def _head(config: Config, mesh: Mesh) -> int:

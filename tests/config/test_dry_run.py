@@ -14,7 +14,7 @@ from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
-from internlm.train.memory import memory_per_rank, saved_per_token, selected_per_token
+from internlm.train.memory import memory_per_rank, most_kept, saved_per_token, selected_per_token
 
 
 def sized(**changes):
@@ -116,6 +116,25 @@ def test_recomputation_keeps_the_inputs_of_blocks():
     assert all_blocks == block + 8 * stream
     selective = memory_per_rank(load_config(sized(num_layers=8), ["model.checkpoint=selective"]), 1).activations
     assert block + 8 * stream < selective < none
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "last"),
+    [
+        ("1f1b", 4 * 2, 2),  # as many micro batches as there are stages behind, of 2 blocks
+        ("interleaved", 2 * 3 + 5, 2 * 0 + 5),  # (Narayanan et al., 2021): 2 (p - 1 - stage) + (v - 1) p, and one more
+        ("zbv", 2 * 4, 2 * 4),  # (Qi et al., 2024): 2 p chunks on every stage, as much as 1f1b's first one
+        ("dualpipev", 2 * 4 + 1, 2 * 4 + 1),  # (DeepSeek-AI, 2024): 2 p + 1 chunks
+    ],
+)
+def test_what_a_schedule_keeps(schedule, first, last):
+    """Blocks that stages keep the activations of, with 8 blocks on 4 stages and 16 micro batches."""
+    config = load_config(
+        sized(num_layers=8, num_chunks=2 if schedule == "interleaved" else 1),
+        ["parallel.pipeline.size=4", f"parallel.pipeline.schedule={schedule}", "data.micro_num=16"],
+    )
+    found = [most_kept(config, stage, float) for stage in range(4)]
+    assert (found[0], found[-1]) == (first, last), found
 
 
 def test_selective_recomputation_against_autograd():

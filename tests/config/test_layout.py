@@ -64,12 +64,6 @@ MOE: Sections = {"num_experts": 6, "moe": {"top_k": 2}}
             ("width of shared experts = 30", "(30 = 7 * 4 + 2)"),
         ),
         (
-            {"pipeline": {"size": 2, "schedule": "zbv"}},
-            {**MOE, "num_layers": 4},
-            8,
-            ('parallel.pipeline.schedule = "zbv"', "model.num_experts = 6", 'set "1f1b"', "model.checkpoint=True"),
-        ),
-        (
             {"tensor": {"size": 2}},
             {"fp8": True},
             8,

@@ -33,24 +33,33 @@ def experts(size: int) -> dict[str, Any]:
     return {"expert": {"size": size}}
 
 
+FOUR: dict[str, Any] = {"model": {"num_layers": 4}}  # blocks, for two stages with two chunks each
 CHUNKS = {"model": {"num_chunks": 2}}
 MOE: dict[str, Any] = {
-    "model": {"num_experts": 8, "moe": {"top_k": 2}},
+    "model": {"num_experts": 8, "moe": {"top_k": 2, "bias_rate": 0.01}},
     "loss": {"moe_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01},
 }
 
-LAYOUTS: dict[str, Layout] = {
-    "one": Layout(1, {}),
-    "zero1": Layout(4, zero(1, 1, 4)),
-    "pp2": Layout(2, pipeline(2)),
-    "zero3": Layout(4, zero(4, 4, 4)),
-    "mtp2": Layout(2, tensor(2)),
-    "hfsdp": Layout(8, zero(2, 2, 8)),
-    "ulysses4": Layout(4, context(ulysses=4)),
-    "zbv-ddp": Layout(4, pipeline(2, "zbv")),
-    "fsp2-zero3": Layout(8, {**tensor(2, "fsp"), **zero(2, 2, 4)}),
-    "ring2-msp2": Layout(4, {**context(ring=2), **tensor(2, "msp")}),
+# Kinds of layouts of a dense model and of one with experts.
+DENSE: dict[str, Layout] = {
+    "one": Layout(1, {}, FOUR),
+    "zero1": Layout(4, zero(1, 1, 4), FOUR),
+    "pp2": Layout(2, pipeline(2), FOUR),
+    "zero3": Layout(4, zero(4, 4, 4), FOUR),
+    "mtp2": Layout(2, tensor(2), FOUR),
+    "hfsdp": Layout(4, zero(2, 2, 4), FOUR),
+    "ulysses4": Layout(4, context(ulysses=4), FOUR),
+    "zbv-ddp": Layout(4, pipeline(2, "zbv"), FOUR),
+    "fsp2-zero3": Layout(4, {**tensor(2, "fsp"), **zero(2, 2, 2)}, FOUR),
+    "ring2-msp2": Layout(4, {**context(ring=2), **tensor(2, "msp")}, FOUR),
 }
+EXPERTS: dict[str, Layout] = {
+    "moe-one": Layout(1, {}, MOE),
+    "moe-ep2-zero3": Layout(4, {**experts(2), **zero(2, 2, 4)}, MOE),
+    "moe-ep4-mtp2": Layout(4, {**experts(4), **tensor(2)}, MOE),
+    "moe-ep2-pp2": Layout(4, {**experts(2), **pipeline(2)}, MOE),
+}
+LAYOUTS = {**DENSE, **EXPERTS}
 
 # Three and four axes of eight ranks. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
 DENSE_TOGETHER: dict[str, Layout] = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from tests.pool import run_ranks
 from tests.train.tiny import ListLoader
 
 STEPS = 5
-ROWS, ROW_LENGTH, VOCAB = 8, 32, 64  # rows of a global batch: divisible by 8 data ranks, or 4 micro batches for 2
+ROW_LENGTH, VOCAB = 32, 64
+ROWS = 4  # of a global batch, unless a layout needs more
 CPU = torch.device("cpu")
 RELATIVE = 1e-5
 # Adam divides a gradient by its own size: with the usual 1e-8, one that is little but rounding would move a weight as
@@ -33,7 +35,7 @@ RELATIVE = 1e-5
 ADAM_EPS = 1e-3
 
 DENSE: dict[str, Any] = {
-    "num_layers": 4,
+    "num_layers": 2,  # 4 in a pipeline, see `compare`
     "hidden_size": 32,
     "vocab_size": VOCAB,
     "num_attention_heads": 4,
@@ -78,9 +80,17 @@ def random_row(generator: torch.Generator) -> Batch:
     return Batch(tokens, labels, positions, Segments.of(tuple(lengths)), None, int((labels != IGNORE_INDEX).sum()))
 
 
-def global_batch(step: int) -> list[Batch]:
+def global_batch(step: int, num_rows: int = ROWS) -> list[Batch]:
     generator = torch.Generator().manual_seed(step)
-    return [random_row(generator) for _ in range(ROWS)]
+    return [random_row(generator) for _ in range(num_rows)]
+
+
+def num_rows(config: Config, world_size: int) -> int:
+    """4 or 8: two micro batches for each data rank, or as many as the schedule needs, as far as 8 rows go."""
+    stages = config.parallel.pipeline.size
+    micro_batches = max(2, stages * (2 if config.pipeline_schedule == "dualpipev" else 1))
+    readers = world_size // prod(config.parallel.axis_sizes.values())
+    return ROWS if readers * micro_batches <= ROWS else 8
 
 
 class ValidRows(list[Batch]):
@@ -100,7 +110,7 @@ class Run:
     parameters: dict[str, Tensor] = field(default_factory=dict)  # global ones, of which this rank holds a part
 
 
-def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[int]) -> Trainer:
+def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[int], rows: int = ROWS) -> Trainer:
     """As train.py builds it, with the rows of `global_batch` dealt to the data ranks."""
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
     model = build_model(config)
@@ -109,17 +119,17 @@ def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[in
     engine = HybridZero(model, config, mesh, initial, placements)
     schedule = build_schedule(model, engine, config, mesh)
     batches = [
-        StepBatch(step, global_batch(step)[mesh.dp_rank :: mesh.dp_size], num_rows=ROWS, skipped=False)
+        StepBatch(step, global_batch(step, rows)[mesh.dp_rank :: mesh.dp_size], num_rows=rows, skipped=False)
         for step in steps
     ]
     loader: Any = ListLoader(batches)
-    valid: Any = ValidRows(global_batch(STEPS)[mesh.dp_rank :: mesh.dp_size])
+    valid: Any = ValidRows(global_batch(STEPS, rows)[mesh.dp_rank :: mesh.dp_size])
     return Trainer(schedule, engine, loader, TrainState(), config, mesh, {"valid": valid}, Routing(model, config))
 
 
-def train(rank: int, world_size: int, config: Config) -> Run:
+def train(rank: int, world_size: int, config: Config, rows: int = ROWS) -> Run:
     """Five steps on this rank of the process group."""
-    trainer = build_trainer(rank, world_size, config, range(STEPS))
+    trainer = build_trainer(rank, world_size, config, range(STEPS), rows)
     run = Run()
     for report in trainer.steps():
         run.losses.append(report.loss)
@@ -134,8 +144,8 @@ def train(rank: int, world_size: int, config: Config) -> Run:
 
 
 @cache
-def _one_rank(config_json: str) -> Run:
-    return run_ranks(1, train, Config.model_validate_json(config_json))[0]
+def _one_rank(config_json: str, rows: int) -> Run:
+    return run_ranks(1, train, Config.model_validate_json(config_json), rows)[0]
 
 
 def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
@@ -144,10 +154,12 @@ def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
     All ranks must tell the same losses and norms; every global parameter must be somewhere, and agree with one rank's
     wherever it is.
     """
-    model = {**sections.get("model", {}), "checkpoint": False}
-    alone = make_config(None, **{**sections, "model": model})
-    expected = _one_rank(alone.model_dump_json())
-    runs: list[Run] = run_ranks(world_size, train, make_config(parallel, **sections))
+    model = {"num_layers": 4 if "pipeline" in parallel else 2, **sections.get("model", {})}
+    config = make_config(parallel, **{**sections, "model": model})
+    rows = num_rows(config, world_size)
+    alone = make_config(None, **{**sections, "model": {**model, "checkpoint": False}})
+    expected = _one_rank(alone.model_dump_json(), rows)
+    runs: list[Run] = run_ranks(world_size, train, config, rows)
     seen: set[str] = set()
     for rank, run in enumerate(runs):
         for what, found, wanted in (("loss", run.losses, expected.losses), ("norm", run.norms, expected.norms)):

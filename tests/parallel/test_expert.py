@@ -21,6 +21,8 @@ SHARED = {
     "moe": {"top_k": 3, "score": "sigmoid", "num_shared_experts": 1, "mix_shared": True, "intermediate_size": 24},
 }
 BIASED = {**EXPERTS, "moe": {"top_k": 2, "bias_rate": 0.01}}
+ALL = {**EXPERTS, "moe": {**CAPACITY["moe"], **SHARED["moe"], **BIASED["moe"]}}
+OPTIONS = {"dropless": DROPLESS, "all": ALL}
 LOSSES = {"moe_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01}
 
 
@@ -29,23 +31,29 @@ def agree(ranks: int, parallel: dict[str, Any], model: dict[str, Any], **section
 
 
 @pytest.mark.parametrize("model", [DROPLESS, CAPACITY, SHARED], ids=["dropless", "capacity", "shared"])
+def test_two_ranks(model: dict[str, Any]) -> None:
+    agree(2, {"expert": {"size": 2}}, model)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
+    ("ranks", "parallel", "model"),
     [
-        (2, {}),
-        (2, {"expert": {"size": 2}}),
-        (4, {"expert": {"size": 4}}),
-        (4, {"expert": {"size": 2}, "zero1": {"size": 2}}),
-        (4, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}}),
-        (4, {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "msp"}}),
-        (4, {"expert": {"size": 4}, "context": {"ring": 2}}),
-        (4, {"expert": {"size": 2}, "pipeline": {"size": 2}}),
-        (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}),
+        (2, {}, "all"),
+        (4, {"expert": {"size": 4}}, "all"),
+        (4, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}}, "all"),
+        (4, {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "msp"}}, "all"),
+        (4, {"expert": {"size": 4}, "context": {"ring": 2}}, "all"),
+        (4, {"expert": {"size": 4}, "context": {"ulysses": 2}}, "all"),
+        (4, {"expert": {"size": 2}, "pipeline": {"size": 2}}, "all"),
+        (4, {"expert": {"size": 2}, "pipeline": {"size": 2, "schedule": "zbv"}}, "all"),
+        (2, {"pipeline": {"size": 2, "schedule": "dualpipev"}}, "dropless"),
+        (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}, "dropless"),
     ],
     ids=str,
 )
-def test_expert_ranks(ranks: int, parallel: dict[str, Any], model: dict[str, Any]) -> None:
-    agree(ranks, parallel, model)
+def test_beside_other_axes(ranks: int, parallel: dict[str, Any], model: str) -> None:
+    """Mostly with all options of the router at once."""
+    agree(ranks, parallel, {**OPTIONS[model], "num_layers": 4 if "pipeline" in parallel else 2})
 
 
 @pytest.mark.parametrize(
@@ -54,17 +62,11 @@ def test_expert_ranks(ranks: int, parallel: dict[str, Any], model: dict[str, Any
         {"zero1": {"size": 1}},
         {"zero1": {"size": 4}, "gradient": {"size": 2}},
         {"weight": {"size": 2}, "gradient": {"size": 2}, "zero1": {"size": 4}},
-        {"weight": {"size": 4}, "gradient": {"size": 4}, "zero1": {"size": 4}},
     ],
     ids=str,
 )
 def test_hybrid_zero_shares_experts_over_their_own_replicas(zero: dict[str, Any]) -> None:
     agree(4, {"expert": {"size": 2}, **zero}, BIASED)
-
-
-def test_eight_ranks() -> None:
-    """Parts of the experts lie across data and tensor ranks."""
-    agree(8, {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "fsp"}, "weight": {"size": 2}}, CAPACITY)
 
 
 @pytest.mark.parametrize("model", [CAPACITY, BIASED], ids=["capacity", "biased"])

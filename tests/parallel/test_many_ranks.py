@@ -6,6 +6,7 @@ which test_mesh.py holds against the groups that torch makes.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -20,10 +21,12 @@ from internlm.core.launch import pretend
 from internlm.core.mesh import ZERO_AXES, Axes, axes_of_world, build_mesh, coordinates_of
 from internlm.core.placement import Box, box_shape
 from internlm.model.transformer import build_model
+from internlm.parallel.split import pipeline_layout
 from internlm.solver.buckets import UnitLayout
 from internlm.solver.unit import owned_interval
 from internlm.train.dry_run import report
 from internlm.train.memory import layouts_of
+from tests.parallel.test_timetable import check_complete, check_transfers
 
 RANKS = 1024
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,11 +38,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def config_of(case: str) -> Config:
+def config_of(case: str, more: Sequence[str] = ()) -> Config:
     file, overrides = CASES[case]
-    return load_config(
-        CONFIGS / file, ["data.type=synthetic", "data.train_folder=None", "data.valid_folder=None", *overrides]
-    )
+    no_data = ["data.type=synthetic", "data.train_folder=None", "data.valid_folder=None"]
+    return load_config(CONFIGS / file, [*no_data, *overrides, *more])
 
 
 def places(config: Config) -> dict[tuple[int, int, int], int]:
@@ -117,3 +119,17 @@ def test_memory_is_told(plan: Any) -> None:
     text = report(config, RANKS)
     assert "memory per rank on 1024 ranks" in text
     print(text)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
+def test_lists_of_actions(schedule: str) -> None:
+    """The 70B on 16 stages of 8 tensor ranks, 8 replicas: what every stage does, in which order, and what it sends."""
+    overrides = [f"model.num_chunks={5 if schedule == 'interleaved' else 1}", "data.micro_num=64"]
+    overrides += ["parallel.pipeline.size=16", f"parallel.pipeline.schedule={schedule}", "parallel.zero1.size=8"]
+    config = config_of("70B", overrides)
+    assert find_problems(config, RANKS) == []
+    layout = pipeline_layout(config)
+    assert [layer for chunk in layout.layers for layer in chunk] == list(range(80))
+    assert sorted(chunk for stage in range(16) for chunk in layout.chunks_of(stage)) == list(range(layout.num_chunks))
+    check_complete(layout, 64)
+    check_transfers(layout, 64)

@@ -80,7 +80,7 @@ class Recorder:
 def traced_step(rank: int, world_size: int, config: Config, held: dict[int, tuple[str, str]]) -> Recorder:
     """One step whose engine tells a recorder; `held` by stage."""
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
-    rows = global_batch(0)[mesh.dp_rank :: mesh.dp_size]
+    rows = global_batch(0, 8)[mesh.dp_rank :: mesh.dp_size]
     recorder = Recorder(*held[mesh.coordinates["pipeline"]], len(rows))
     model = build_model(config)
     placements = parallelize(model, config, mesh)
@@ -122,7 +122,7 @@ def evaluated(rank: int, world_size: int, config: Config) -> tuple[float, list[T
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_evaluation_and_copies_of_tied_weights(schedule: str) -> None:
-    model = {"tie_word_embeddings": True}
+    model = {"tie_word_embeddings": True, "num_layers": 4}
     [(expected, [weight])] = run_ranks(1, evaluated, make_config(None, model=model))
     found = run_ranks(2, evaluated, make_config({"pipeline": {"size": 2, "schedule": schedule}}, model=model))
     assert all(loss == pytest.approx(expected, rel=1e-6) for loss, _ in found)

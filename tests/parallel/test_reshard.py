@@ -1,5 +1,6 @@
-"""A checkpoint of any layout goes on, on any other, as if it had never stopped."""
+"""A checkpoint of any layout goes on, on any other, as if it had never stopped, and generates."""
 
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,34 @@ import pytest
 import torch
 from torch import Tensor
 
+from internlm.apis.generate import generate, load_model
 from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.config.schema import Config
+from internlm.model.batch import Batch, Segments
+from internlm.model.transformer import build_model
 from internlm.train.trainer import Trainer
-from tests.parallel.layouts import LAYOUTS
+from tests.parallel.layouts import DENSE, EXPERTS, LAYOUTS
 from tests.parallel.oracle import build_trainer, make_config
 from tests.pool import run_ranks
 
-SAVED, END = 3, 8  # steps before the save, and in all
+SAVED, END = 1, 6  # steps before the save, and in all
 RELATIVE = 1e-6
-# Each to each of its neighbours in a circle, one and four places away: two kinds of change for every kind of layout.
-NAMES = tuple(LAYOUTS)
-PAIRS = [(name, NAMES[(i + step) % len(NAMES)]) for step in (1, 4) for i, name in enumerate(NAMES)]
+
+
+def circle(names: Collection[str], step: int) -> list[tuple[str, str]]:
+    """Each with the one that is so many places further on."""
+    order = list(names)
+    return [(name, order[(index + step) % len(order)]) for index, name in enumerate(order)]
+
+
+# Neighbours in a circle, and some that are further apart.
+PAIRS = [*circle(DENSE, 1), *circle(DENSE, 3)[::2], *circle(EXPERTS, 1), *circle(EXPERTS, 2)[1:]]
 
 
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
     engine = trainer.optimizer
-    return {name: engine.full_parameter(name) for name in engine.parameter_names()}
+    found = {name: engine.full_parameter(name) for name in engine.parameter_names()}
+    return found | {name: buffer.clone() for name, buffer in engine.buffers.items()}
 
 
 def save(rank: int, world_size: int, config: Config, folder: Path) -> tuple[dict[str, Tensor], list[float]]:
@@ -83,3 +95,21 @@ def test_goes_on(source: str, target: str, unbroken: Any) -> None:
         assert torch.equal(loaded[name], value), name
     assert len(next_losses) == END - SAVED
     assert next_losses == pytest.approx(losses, rel=RELATIVE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_generates_what_was_trained(name: str, unbroken: Any) -> None:
+    """Loaded for generation, the model continues a prompt as the saved parameters do in a plain forward pass."""
+    folder, saved, _ = unbroken(name)
+    layout = LAYOUTS[name]
+    plain = build_model(make_config(None, **layout.sections), "cpu").eval()
+    plain.load_state_dict(saved)
+    model, _ = load_model(folder / "checkpoints", "cpu")
+    prompt = [3, 1, 4, 1, 5]
+    (found,) = generate(model, [prompt], max_new_tokens=6)
+    row = list(prompt)
+    for _ in range(6):
+        tokens = torch.tensor(row)
+        batch = Batch(tokens, tokens, torch.arange(len(row)), Segments.of((len(row),)), None, 0)
+        row.append(int(plain(batch)[-1].argmax()))
+    assert found == row[len(prompt) :]

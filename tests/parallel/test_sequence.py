@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from internlm.core import collectives
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.flops import model_flops
 from internlm.ops.attention import attention_reference
-from internlm.parallel import ring
-from internlm.parallel.sequence import SequenceAttention, own_part
+from internlm.parallel import ring, sequence
+from internlm.parallel.sequence import OVERLAP_FROM, SequenceAttention, own_part
 from internlm.train.metrics import StepReport
 from tests.parallel.oracle import CPU, compare, make_config
 from tests.parallel.test_zigzag import random_lengths
@@ -44,18 +46,18 @@ def inputs_of(index: int) -> tuple[Batch, list[Tensor]]:
 
 
 def attention_on_rank(
-    rank: int, world_size: int, ring_ranks: int, ulysses: int, dtype: torch.dtype
+    rank: int, world_size: int, ring_ranks: int, ulysses: int, dtype: torch.dtype, overlap_from: int = OVERLAP_FROM
 ) -> list[tuple[Batch, list[Tensor]]]:
     """This rank's part of each row, with attention and the gradients of q, k and v for its tokens."""
     config = make_config({"context": {"ring": ring_ranks, "ulysses": ulysses}})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
-    attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"))
+    attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"), overlap_from)
     results = []
     for index in range(len(DOCUMENTS)):
         row, (grad, *whole) = inputs_of(index)
         part = own_part(row, mesh)
         own = [x[part.tokens].to(dtype).requires_grad_() for x in whole]
-        out = attend(own[0], own[1], own[2], part.segments)
+        out = checkpoint(attend, *own, part.segments, use_reentrant=False)
         out.backward(grad[part.tokens].to(dtype))
         results.append((part, [out.detach(), *(x.grad for x in own if x.grad is not None)]))
     return results
@@ -71,9 +73,11 @@ def each_document_alone(index: int) -> tuple[Batch, list[Tensor]]:
     return row, [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
-@pytest.mark.parametrize(("ring_ranks", "ulysses"), LAYOUTS)
-def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int) -> None:
-    ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses, torch.float64)
+@pytest.mark.parametrize(
+    ("ring_ranks", "ulysses", "overlap_from"), [*((*sizes, ROW + 1) for sizes in LAYOUTS), (2, 2, 1)]
+)
+def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int, overlap_from: int) -> None:
+    ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses, torch.float64, overlap_from)
     for index in range(len(DOCUMENTS)):
         row, expected = each_document_alone(index)
         seen: list[int] = []
@@ -180,4 +184,37 @@ def test_keys_travel_while_attention_is_computed() -> None:
     forward = "send 1, own, send 2, part, part"
     backward = "send 1, own, send 2, part, send -1, part, send -2"
     for events in run_ranks(3, order_on_rank):
+        assert ", ".join(events) == f"{forward}, |, {backward}"
+
+
+def exchanges_on_rank(rank: int, world_size: int) -> list[str]:
+    """When exchanges start and end, and attention is computed, with heads in two parts."""
+    events: list[str] = []
+
+    def noted(function: Callable[..., Any], text: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(text)
+            return function(*args)
+
+        return call
+
+    mesh = build_mesh(make_config({"context": {"ulysses": world_size}}).parallel, World(rank, rank, world_size, CPU))
+    row, (grad, *whole) = row_of((ROW,), (4, 8), (4, 8), (4, 8), (4, 8))
+    part = own_part(row, mesh)
+    q, k, v = (x[part.tokens].requires_grad_() for x in whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives._Way, "begin", noted(collectives._Way.begin, "begin"))
+        patch.setattr(collectives._Way, "end", noted(collectives._Way.end, "end"))
+        patch.setattr(sequence, "attention", noted(sequence.attention, "attention"))
+        out = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"), overlap_from=1)(q, k, v, part.segments)
+        events.append("|")
+        out.backward(grad[part.tokens])
+    return events
+
+
+def test_heads_travel_while_attention_of_others_is_computed() -> None:
+    """An exchange is under way whenever attention is computed; in backward, of whose attention no event tells, too."""
+    for events in run_ranks(2, exchanges_on_rank):
+        forward = "begin, begin, end, attention, begin, end, attention, begin, end, end"
+        backward = "begin, begin, end, begin, end, begin, end, end"
         assert ", ".join(events) == f"{forward}, |, {backward}"
