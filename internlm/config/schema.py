@@ -168,9 +168,18 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of an adapter's inputs left out")
     target: tuple[str, ...] = Field(("*.attention.w*", "*.feed_forward.w*"), strict=False, description="which ones")
 
+    base: Literal["full", "nf4"] = Field(
+        "full", description="frozen projections in the model's dtype, or in 4 bits (extra gpu: bitsandbytes)"
+    )
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """Patterns of the frozen parameters that are held in 4 bits."""
+        return ("layers.*.w*.weight",) if self.base == "nf4" else ()
 
 
 class DpoConfig(Section):

@@ -48,6 +48,7 @@ class UnitLayout:
     decay_stop: int  # weight decay applies to [0, decay_stop)
     modules: tuple[str, ...]  # whose forward uses it
     trainable: bool = True  # else it has parameters only: no gradients, no optimizer states
+    packed: bool = False  # held in 4 bits between uses; frozen
 
 
 def plan_units(
@@ -57,6 +58,7 @@ def plan_units(
     shared: bool,
     placements: Mapping[str, Placement] | None = None,
     tensor_size: int = 1,
+    packed: Sequence[str] = (),
 ) -> list[UnitLayout]:
     """The units of a model, in the order of its forward pass.
 
@@ -67,6 +69,7 @@ def plan_units(
         shared: the last module uses the first one's parameters as well (tied embeddings).
         placements: by name, of parameters that `parallel` has cut; the others are whole.
         tensor_size: tensor ranks; with one of them nothing is copied.
+        packed: patterns of frozen parameters that are held in 4 bits.
     """
     modules: list[str] = []
     for name, child in model.named_children():
@@ -74,24 +77,26 @@ def plan_units(
     units = []
     for module in modules:
         users = (module, modules[-1]) if shared and module == modules[0] else (module,)
-        groups: dict[tuple[bool, int, str], list[Slot]] = {}
+        groups: dict[tuple[bool, bool, int, str], list[Slot]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for inner, parameter in model.get_submodule(module).named_parameters():
             name, shape = f"{module}.{inner}", tuple(parameter.shape)
             placement = (placements or {}).get(name, whole(shape))
             dtype_name = str(parameter.dtype).removeprefix("torch.")
-            key = (parameter.requires_grad, KINDS.index(_kind(placement, tensor_size)), dtype_name)
+            in_4_bits = not parameter.requires_grad and any(fnmatch(name, pattern) for pattern in packed)
+            key = (parameter.requires_grad, in_4_bits, KINDS.index(_kind(placement, tensor_size)), dtype_name)
             dtypes[dtype_name] = parameter.dtype
             groups.setdefault(key, []).append(Slot(name, shape, 0, prod(shape), placement))
-        mixed = len({trainable for trainable, _, _ in groups}) > 1
-        for trainable, kind_index, dtype_name in sorted(groups):
+        mixed = len({trainable for trainable, *_ in groups}) > 1
+        for key in sorted(groups):
+            trainable, in_4_bits, kind_index, dtype_name = key
             kind = KINDS[kind_index]
             suffix = f":{dtype_name}" if len(dtypes) > 1 else ""
-            suffix += f":{kind}" if len({index for _, index, _ in groups}) > 1 and kind != "dense" else ""
-            suffix += ":frozen" if mixed and not trainable else ""
-            slots, dtype = groups[trainable, kind_index, dtype_name], dtypes[dtype_name]
-            layout = _layout(module + suffix, kind, dtype, slots, num_shards[kind], no_decay, users)
-            units.append(replace(layout, trainable=trainable))
+            suffix += f":{kind}" if len({index for _, _, index, _ in groups}) > 1 and kind != "dense" else ""
+            suffix += ":packed" if in_4_bits else ":frozen" if mixed and not trainable else ""
+            dtype = dtypes[dtype_name]
+            layout = _layout(module + suffix, kind, dtype, groups[key], num_shards[kind], no_decay, users)
+            units.append(replace(layout, trainable=trainable, packed=in_4_bits))
     return units
 
 

@@ -104,7 +104,9 @@ class HybridZero:
         self._in_flight: deque[Callable[[], None]] = deque()
 
         tied = config.model.tie_word_embeddings
-        layouts = plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
+        packed = config.lora.packed if config.lora else ()
+        shards, tensor = num_shards(mesh), mesh.sizes["tensor"]
+        layouts = plan_units(model, shards, config.adam.no_decay, tied, placements, tensor, packed)
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self.buffers = materialise_buffers(model, value_of, mesh.device)
         self.trained = [unit for unit in self.units if unit.layout.trainable]
@@ -371,6 +373,8 @@ class HybridZero:
                 unit.reset_master()
             self._gather_updates(unit)
         self.wait()
+        for unit in self.units:
+            self.gather_lane.submit(unit.pack)()
 
     def state_dict(self) -> dict[str, Any]:
         """The scalars of the optimizer, as JSON can hold them."""

@@ -40,6 +40,9 @@ def pieces_of(unit: Unit, slot: Slot) -> Iterator[Piece]:
         place, shape = (first + slot.start - start, last + slot.start - start), box_shape(part_box)
         box, whole = shifted(part_box, slot.placement.box), slot.placement.shape
         for kind, buffer in buffers.items():
+            if unit.nf4 is not None:
+                yield Piece(slot.name, kind, whole, box, unit.counts, partial(_unpacked, unit, place, shape), _refuse)
+                continue
             part = buffer[slice(*place)].view(shape)
             yield Piece(slot.name, kind, whole, box, unit.counts, partial(_identity, part), partial(_copy_to, part))
         if unit.layout.trainable and unit.layout.dtype != torch.float32:
@@ -65,6 +68,14 @@ def pieces_of_buffers(buffers: Mapping[str, Tensor], mesh: Mesh) -> Iterator[Pie
         shape = tuple(buffer.shape)
         whole = tuple((0, size) for size in shape)
         yield Piece(name, "param", shape, whole, owner, partial(_identity, buffer), partial(_copy_to, buffer))
+
+
+def _unpacked(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    return unit.read_owned()[slice(*place)].view(shape)
+
+
+def _refuse(value: Tensor) -> None:
+    raise AssertionError("weights in 4 bits are loaded once, before they are packed")
 
 
 def _read_master(unit: Unit, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

@@ -3,8 +3,8 @@
 Every buffer is a part of the same line of elements, cut ever finer along the axes of the mesh:
 
     full    [size]       all parameters; the model's parameters are views of it. Allocated only while in use when the
-                         param axis has more than one rank
-    shard   [size / p]   what this rank keeps of it
+                         param axis has more than one rank, or the shard is packed
+    shard   [size / p]   what this rank keeps of it; frozen ones may be packed in 4 bits, once they were loaded
     grads   [size / g]   accumulated gradients
     owned   [size / os]  what this rank updates: a view of `shard`, beside it masters and moments of the same length
 
@@ -28,6 +28,7 @@ from internlm.core.collectives import (
 )
 from internlm.core.mesh import Axes, Group
 from internlm.ops.adamw import join_master, round_to, split_master
+from internlm.ops.nf4 import Packed, pack, require_nf4, unpack
 from internlm.solver.buckets import Slot, UnitLayout
 
 
@@ -56,6 +57,8 @@ class Unit:
         moment_dtype: torch.dtype,
         split: bool,
     ) -> None:
+        if layout.packed:
+            require_nf4()
         self.layout = layout
         self.parameters = parameters
         self.param_group, self.grad_group = axes.group("param"), axes.group("grad")
@@ -65,7 +68,7 @@ class Unit:
         holders = (*self.copies, *([ends] if ends else []))
         self.counts = all(group.rank() == 0 for group in holders)  # the one that norms and checkpoints count
         p, g = axes.sizes["param"], axes.sizes["param"] * axes.sizes["grad"]
-        self.sharded = p > 1
+        self.sharded = p > 1 or layout.packed  # `full` is made for each use, from the shards or from 4 bits
         self.grads_sharded = g > 1
         self.grad_dtype = grad_dtype
 
@@ -93,6 +96,7 @@ class Unit:
         self.num_ended = 0  # passes of this step that are over
         self.pending: list[Callable[[], None]] = []  # transfers to wait for before the parameters are read
         self.present = not self.sharded
+        self.nf4: Packed | None = None  # the shard, which has no memory then
         self.stale = False  # parameters of others were updated, and have not been gathered yet
         for slot in layout.slots:
             parameters[slot.name].data = self.view(self.full, slot)
@@ -126,12 +130,31 @@ class Unit:
         all_gather_(own_chunk(self.shard, self.grad_group), self.optim_group)
         all_gather_(self.shard, self.grad_group)
 
+    def pack(self) -> None:
+        """Turns the shard into 4 bits, for good: nothing is written to it from here on."""
+        if self.layout.packed and self.nf4 is None:
+            if self.stale:
+                self.gather_updates()
+                self.stale = False
+            self.nf4 = pack(self.shard)
+            self.shard.untyped_storage().resize_(0)
+
+    def read_owned(self) -> Tensor:
+        """The owned parameters [size / os], unpacked if need be."""
+        if self.nf4 is None:
+            return self.owned
+        return own_chunk(own_chunk(unpack(self.nf4), self.grad_group), self.optim_group)
+
     def allocate(self) -> None:
         """Gives `full` its memory back, before it is gathered."""
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
     def gather(self) -> None:
         """All-gather over param: shard -> full. At each use; the first after an update makes the shard whole before."""
+        if self.nf4 is not None:
+            own_chunk(self.full.data, self.param_group).copy_(unpack(self.nf4))
+            all_gather_(self.full.data, self.param_group)
+            return
         if self.stale:
             self.gather_updates()
             self.stale = False
@@ -229,7 +252,7 @@ class Unit:
             return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
         return {
-            "parameters": size(self.shard),
+            "parameters": size(self.shard) if self.nf4 is None else self.nf4.num_bytes,
             "gradients": size(self.grads),
             "masters": size(self.master, self.remainder),
             "moments": size(self.exp_avg, self.exp_avg_sq),

@@ -14,6 +14,7 @@ from internlm.config.schema import Config, ModelConfig
 from internlm.core.launch import pretend
 from internlm.core.mesh import Axes, Mesh, build_mesh
 from internlm.model.transformer import build_model
+from internlm.ops.nf4 import BITS
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.recompute import num_recomputed
 from internlm.parallel.split import pipeline_layout
@@ -57,7 +58,8 @@ def layouts_of(config: Config, mesh: Mesh) -> list[UnitLayout]:
     model = build_model(config, device="meta")
     placements = parallelize(model, config, mesh)
     tied = config.model.tie_word_embeddings
-    return plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"])
+    packed = config.lora.packed if config.lora else ()
+    return plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"], packed)
 
 
 def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
@@ -72,7 +74,8 @@ def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
     largest = max(layouts, key=lambda layout: layout.size)
     # The unit at work and the next one, fetched ahead; a gradient before it is reduced.
     num_gathered = 2 if config.parallel.weight.overlap else 1
-    gathered = num_gathered * largest.size * largest.dtype.itemsize if p > 1 else 0
+    made_for_use = (layout.size * layout.dtype.itemsize for layout in layouts if p > 1 or layout.packed)
+    gathered = num_gathered * max(made_for_use, default=0)
     gathered += largest.size * _grad_dtype(config, largest).itemsize if g > 1 else 0
     activations = _activations(config, mesh)
     head = _head(config, mesh) if "head" in {name for layout in layouts for name in layout.modules} else 0
@@ -96,6 +99,8 @@ def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, in
     engine = config.hybrid_zero_optimizer
     master = 0 if layout.dtype == torch.float32 else 2 if engine.master == "split" else 4
     moment = torch_dtype(engine.moment_dtype).itemsize
+    if layout.packed:
+        return int(layout.size // p * BITS / 8), 0, 0, 0
     if not layout.trainable:
         return layout.size // p * layout.dtype.itemsize, 0, 0, 0
     return (

@@ -1,5 +1,6 @@
 """Adapters: trained over every ZeRO class as on one rank, saved as PEFT's files, merged into exports."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from internlm.model.batch import Batch, Segments
 from internlm.model.lora import add_adapters, is_adapter
 from internlm.model.transformer import build_model
 from internlm.utils.errors import UserError
-from tests.checkpoint.runs import Chain, contents, run_config, train
+from tests.checkpoint.runs import Chain, contents, global_tensors, run_config, train
 from tests.pool import run_ranks
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -104,12 +105,63 @@ def test_a_killed_run_goes_on_bit_by_bit(base: Path, tmp_path: Path) -> None:
     assert first + rest == whole
 
 
+@pytest.fixture(scope="module")
+def in_4_bits(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("nf4")
+    load = {"load_ckpt_info": {"path": str(base)}, "checkpoint_every": 3}
+    return folder, run(folder, (1, 1, 1), 1, lora={**LORA, "base": "nf4"}, ckpt=load)["losses"]
+
+
+def test_projections_in_4_bits_have_the_values_of_bitsandbytes(
+    base: Path, in_4_bits: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    """And training is that of a base with these values in full precision."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    folder, losses = in_4_bits
+    before, after = global_tensors(base), global_tensors(folder / "checkpoints" / "6")
+    changed = 0
+    for name in (name for name, kind in before if kind == "param"):
+        value, found = (torch.from_numpy(bits[name, "param"]).view(torch.float32) for bits in (before, after))
+        if fnmatch(name, "layers.*.w*.weight"):
+            codes, state = quantize_4bit(value, blocksize=64, quant_type="nf4", compress_statistics=False)
+            assert not torch.equal(found, value)
+            value, changed = dequantize_4bit(codes, state).view_as(value), changed + 1
+        assert torch.equal(found, value), name
+    assert changed == 2 * 4
+    still = {"lora": {**LORA, "base": "nf4"}, "adam": {"lr": 0.0}, "ckpt": {"load_ckpt_info": {"path": str(base)}}}
+    run(tmp_path / "still", (1, 1, 1), 1, **still)
+    rounded = {"load_ckpt_info": {"path": str(tmp_path / "still" / "checkpoints" / "6")}}
+    assert run(tmp_path / "full", (1, 1, 1), 1, ckpt=rounded)["losses"] == losses
+
+
+@pytest.mark.parametrize(("world_size", "chain"), [(2, (1, 1, 2)), (2, (2, 2, 2)), (4, (2, 2, 4))])
+def test_every_zero_class_trains_on_4_bits(
+    base: Path, in_4_bits: tuple[Path, list[float]], tmp_path: Path, world_size: int, chain: Chain
+) -> None:
+    load = {"load_ckpt_info": {"path": str(base)}}
+    losses = run(tmp_path, chain, world_size, lora={**LORA, "base": "nf4"}, ckpt=load)["losses"]
+    assert losses == pytest.approx(in_4_bits[1], rel=1e-5)
+
+
+def test_a_run_on_4_bits_goes_on_bit_by_bit(base: Path, in_4_bits: tuple[Path, list[float]], tmp_path: Path) -> None:
+    load = {"load_ckpt_info": {"path": str(base)}, "checkpoint_every": 3}
+    config = run_config((1, 1, 1), 1, 6, lora={**LORA, "base": "nf4"}, adam=ADAM, ckpt=load)
+    first = run_ranks(1, train, config, tmp_path, 3)[0]["losses"]
+    rest = run_ranks(1, train, config, tmp_path)[0]["losses"]
+    assert first + rest == in_4_bits[1]
+    last = [folder / "checkpoints" / "6" for folder in (in_4_bits[0], tmp_path)]
+    assert contents(last[0]) == contents(last[1])
+
+
 def test_refusals() -> None:
     model = build_model(run_config((1, 1, 1), 1))
     with pytest.raises(UserError, match=r"lora.target: \*\.mlp matches no projection; there are attention.wo"):
         add_adapters(model, LoraConfig(target=("*.mlp", "*.attention.wqkv")))
     config = run_config(
-        (1, 1, 1), 2, lora={"dropout": 0.1}, model={"checkpoint": True}, parallel={"tensor": {"size": 2}}
+        (1, 1, 1), 2, lora={"dropout": 0.1, "base": "nf4"}, model={"checkpoint": True}, parallel={"tensor": {"size": 2}}
     )
     problems = "\n".join(find_problems(config, 2))
     assert "adapters are not cut between tensor ranks" in problems and "would draw other numbers" in problems
+    assert "the weights to hold in 4 bits are those of ckpt.load_ckpt_info" in problems

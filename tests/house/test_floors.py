@@ -30,6 +30,7 @@ FLOORS = {
 }
 # Not needed to train on a CPU: each is used by one file, which says what happens without it.
 OPTIONAL = (
+    "bitsandbytes",
     "cudnn",
     "datasets",
     "fastapi",
