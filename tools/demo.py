@@ -47,6 +47,8 @@ VALID_LINES, VALID_PIECES = 25, 6  # of a held-out file; validation reads the fi
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOKENIZER_LINES = 60_000  # enough for 4096 pieces in some seconds
 RESUME_STEPS = 3  # steps between the first checkpoint and the kill: they are lost and done again
+PERPLEXITY_FACTOR = 10  # by which held-out perplexity falls at least, by the config as it is
+LOGITS_LIMIT = 1e-4  # between our logits and the export's, which are some tens
 PROMPTS = ("import ", "def __init__(self", "class ")
 
 console = Console()
@@ -301,6 +303,20 @@ def demo(run_dir: Path, overrides: list[str]) -> None:
         "seconds": time.perf_counter() - start,
     }
     write_report(run_dir, figures)
+    check_figures(figures, factor=1.0 if overrides else PERPLEXITY_FACTOR)
+
+
+def check_figures(figures: dict[str, Any], factor: float) -> None:
+    """Raises UserError if the job's outcome isn't what it promises; `factor`: by which perplexity falls at least."""
+    problems = []
+    if not figures["resumed"]:
+        problems.append("the killed training did not go on from its checkpoint")
+    if not figures["logits_max_diff"] < LOGITS_LIMIT:
+        problems.append(f"logits of the export differ by {figures['logits_max_diff']:.1e} from ours")
+    if not figures["perplexity_after"] * factor < figures["perplexity_before"]:
+        problems.append(f"perplexity did not fall by a factor of {factor:g}")
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def main() -> int:

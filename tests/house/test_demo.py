@@ -1,11 +1,16 @@
 """The demo itself, with a model and a number of steps that take seconds."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from internlm.utils.errors import UserError
 from tests.house.pages import ROOT, environment
+from tools.demo import check_figures
 
 SMALL = (
     "model.num_layers=2",
@@ -31,6 +36,14 @@ def test_demo_goes_all_the_way(tmp_path: Path) -> None:
     assert report["tokens_per_second"] > 0 and report["seconds"] > 0
     assert (Path(report["hf_folder"]) / "config.json").exists()
     assert (run_dir / "loss.png").exists()
+
+
+def test_a_job_that_went_wrong_is_no_success() -> None:
+    good = {"resumed": True, "logits_max_diff": 1e-6, "perplexity_before": 6000.0, "perplexity_after": 300.0}
+    check_figures(good, factor=10)
+    for key, value in (("resumed", False), ("logits_max_diff", math.nan), ("perplexity_after", 601.0)):
+        with pytest.raises(UserError):
+            check_figures({**good, key: value}, factor=10)
 
 
 def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:

@@ -101,6 +101,26 @@ def test_torch_path_equals_torch_optim():
     torch.testing.assert_close(param, torch.cat([part.detach() for part in theirs]), rtol=3e-7, atol=1e-8)
 
 
+def test_bf16_moments_are_rounded_between_steps():
+    """The textbook's update in fp64, which rounds moments to bf16 when it puts them away and not before."""
+    found = run(adamw_reference_, "plain", torch.bfloat16)
+    param, grads, *_ = fresh("plain", torch.bfloat16)
+    weight, mean, square = param.double(), torch.zeros(SIZE).double(), torch.zeros(SIZE).double()
+    decay = 0.1 * (torch.arange(SIZE) < DECAY_STOP)
+    for number, (factor, ok) in enumerate(STEPS):
+        if not ok:
+            continue
+        g, update = grads[number].double() * factor, number + 1
+        mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g * g
+        corrected = mean / (1 - 0.9**update), (square / (1 - 0.95**update)).sqrt()
+        weight = weight * (1 - 1e-2 * decay) - 1e-2 * corrected[0] / (corrected[1] + 1e-8)
+        mean, square = mean.bfloat16().double(), square.bfloat16().double()
+    torch.testing.assert_close(found["param"].double(), weight, rtol=1e-5, atol=1e-6)
+    one_bit = {"rtol": 2**-7, "atol": 1e-12}  # fp32 and fp64 may fall on two sides of a border
+    torch.testing.assert_close(found["m"].double(), mean, **one_bit)
+    torch.testing.assert_close(found["v"].double(), square, **one_bit)
+
+
 def test_split_master_trains_bit_for_bit_like_an_fp32_copy():
     split, copy = (run(adamw_reference_, kind, torch.float32) for kind in ("split", "copy"))
     assert torch.equal(join_master(split["param"], split["remainder"]), copy["master"])

@@ -110,14 +110,19 @@ def test_split_master_trains_like_an_fp32_copy(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(
-    "sections", [BF16, FP16, {**BF16, "hybrid_zero_optimizer": {"moment_dtype": "torch.bfloat16"}}]
+    ("sections", "error"),
+    [(BF16, 0.15), (FP16, 0.02), ({**BF16, "hybrid_zero_optimizer": {"moment_dtype": "torch.bfloat16"}}, 0.15)],
+    ids=["bf16", "fp16", "bf16 moments"],
 )
-def test_16_bit_runs_follow_fp32(sections: dict[str, Any]) -> None:
+def test_16_bit_runs_follow_fp32(sections: dict[str, Any], error: float) -> None:
+    """Not where the parameters are but how far they have moved is compared: a wrong update can't hide in their size."""
     reference = train_reference(make_config(clip=CLIP))
+    start = train_reference(make_config(clip=CLIP), steps=0).parameters
     run = run_ranks(2, train_engine, make_config((1, 2, 2), CLIP, **sections), 3)[0]
-    assert max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)) < 0.01
-    for name, value in run.parameters.items():
-        assert torch.allclose(value.float(), reference.parameters[name], atol=2.5 * 5 * LR, rtol=0.01), name
+    assert max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)) < 3e-4
+    moved = torch.cat([(run.parameters[name].float() - start[name]).flatten() for name in start])
+    expected = torch.cat([(reference.parameters[name] - start[name]).flatten() for name in start])
+    assert float((moved - expected).norm() / expected.norm()) < error
 
 
 def state_of(model: torch.nn.Module, engine: Any) -> dict[str, Tensor]:
