@@ -125,8 +125,8 @@ def tensor(mode: str) -> list[str]:
     return ["parallel.tensor.size=2", f"parallel.tensor.mode={mode}"]
 
 
-def pipeline(schedule: str, *more: str) -> list[str]:
-    return ["parallel.pipeline.size=2", f'parallel.pipeline.schedule="{schedule}"', *more]
+def pipeline(schedule: str) -> list[str]:
+    return ["parallel.pipeline.size=2", f'parallel.pipeline.schedule="{schedule}"']
 
 
 ONE = [Case(model, "one GPU") for model in MODELS]

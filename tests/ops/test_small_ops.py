@@ -92,6 +92,17 @@ def test_swiglu_value_and_gradient():
     torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.gpu
+def test_swiglu_of_more_tokens_than_the_second_dim_of_a_grid_has():
+    gate_up = torch.randn(2**16 + 3, 2, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    exact = gate_up.detach().double().requires_grad_()
+    out, expected = swiglu(gate_up), swiglu_reference(exact)
+    out.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(gate_up.grad.double(), exact.grad, rtol=1e-2, atol=1e-2)
+
+
 def test_swiglu_keeps_only_its_input():
     gate_up = torch.randn(5, 2, 7, requires_grad=True)
     kept = []

@@ -130,3 +130,8 @@ def test_evaluation_and_copies_of_tied_weights(schedule: str) -> None:
     assert len(copies) == (2 if schedule == "1f1b" else 1)
     for copy in copies:
         assert torch.equal(copy, copies[0]) and torch.allclose(copy, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_whose_backward_is_split_are_not_compiled() -> None:
+    """The two parts of a compiled block's backward can't be had one by one."""
+    check(2, 2, "zbv", {}, compile=True)
