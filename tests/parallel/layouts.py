@@ -61,9 +61,8 @@ EXPERTS: dict[str, Layout] = {
 }
 LAYOUTS = {**DENSE, **EXPERTS}
 
-# Three and four axes of eight ranks. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
+# Twelve of three and four axes of eight ranks. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
 DENSE_TOGETHER: dict[str, Layout] = {
-    "P-D-T 1f1b mtp zero1": Layout(8, {**pipeline(2), **tensor(2), **zero(1, 1, 2)}),
     "P-D-T interleaved fsp zero3": Layout(
         8, {**pipeline(2, "interleaved"), **tensor(2, "fsp"), **zero(2, 2, 2)}, CHUNKS
     ),
@@ -73,8 +72,6 @@ DENSE_TOGETHER: dict[str, Layout] = {
     "P-R-U interleaved ddp": Layout(8, {**pipeline(2, "interleaved"), **context(2, 2), **zero(1, 1, 1)}, CHUNKS),
     "P-R-T zbv fsp zero1": Layout(8, {**pipeline(2, "zbv"), **context(ring=2), **tensor(2, "fsp"), **zero(1, 1, 2)}),
     "R-U-T mtp zero3": Layout(8, {**context(2, 2), **tensor(2), **zero(4, 4, 4)}),
-    "D-R-T msp hfsdp": Layout(8, {**context(ring=2), **tensor(2, "msp"), **zero(2, 2, 4)}),
-    "D-U isp zero2": Layout(8, {**tensor(4, "isp"), **zero(1, 4, 8)}),
 }
 MOE_TOGETHER: dict[str, Layout] = {
     "D-U-T-E mtp zero1": Layout(8, {**context(ulysses=2), **tensor(2), **experts(4), **zero(1, 1, 4)}, MOE),
@@ -84,6 +81,6 @@ MOE_TOGETHER: dict[str, Layout] = {
         {**pipeline(2, "interleaved"), **context(ring=2), **tensor(2), **experts(4)},
         {**MOE, "model": {**MOE["model"], **CHUNKS["model"]}},
     ),
-    "P-D-U-E 1f1b zero2": Layout(8, {**pipeline(2), **context(ulysses=2), **experts(2), **zero(1, 2, 4)}, MOE),
+    "P-D-U-E zbv zero2": Layout(8, {**pipeline(2, "zbv"), **context(ulysses=2), **experts(2), **zero(1, 2, 4)}, MOE),
     "D-R-U-E ddp": Layout(8, {**context(2, 2), **experts(8), **zero(1, 1, 1)}, MOE),
 }
