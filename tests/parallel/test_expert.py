@@ -1,16 +1,13 @@
 """Experts on several ranks train as on one: any mesh, dropless and with a capacity, with every kind of balancing."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from internlm.apis.generate import load_model
-from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.config.checks import ConfigError
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
-from tests.parallel.oracle import STEPS, build_trainer, compare, make_config
+from tests.parallel.oracle import build_trainer, compare, make_config
 from tests.pool import run_ranks
 
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_layers": 2}
@@ -116,49 +113,3 @@ def test_what_does_not_fit_is_refused_with_numbers(overrides: list[str], ranks: 
     with pytest.raises(ConfigError) as caught:
         load_config(sections, overrides, world_size=ranks)
     assert any(expected in problem for problem in caught.value.problems), caught.value.problems
-
-
-def save(rank: int, world_size: int, config: Config, folder: Path) -> None:
-    trainer = build_trainer(rank, world_size, config, range(2))
-    assert [report.updated for report in trainer.steps()] == [True, True]
-    checkpointer = Checkpointer(config, folder, trainer.optimizer, trainer.state, trainer.mesh)
-    checkpointer.save()
-    checkpointer.close()
-
-
-def go_on(rank: int, world_size: int, config: Config, folder: Path) -> list[float]:
-    trainer = build_trainer(rank, world_size, config, range(2, STEPS))
-    checkpointer = Checkpointer(config, folder, trainer.optimizer, trainer.state, trainer.mesh)
-    checkpointer.resume()
-    checkpointer.close()
-    return [report.loss for report in trainer.steps()]
-
-
-def test_checkpoints_of_experts_load_on_any_layout(tmp_path: Path) -> None:
-    """Biases of routers are in them: after two steps of 0.01 they stand at -0.02, 0 or 0.02."""
-    alone = run_ranks(1, losses, make_config(model=BIASED, loss=LOSSES))[0]
-    sizes = {"expert": {"size": 4}, "tensor": {"size": 2, "mode": "mtp"}, "weight": {"size": 2}}
-    run_ranks(4, save, make_config(sizes, model=BIASED, loss=LOSSES), tmp_path)
-    for ranks, parallel in ((1, {}), (2, {"expert": {"size": 2}})):
-        found = run_ranks(ranks, go_on, make_config(parallel, model=BIASED, loss=LOSSES), tmp_path)[0]
-        assert found == pytest.approx(alone[2:], rel=1e-6)
-    model, config = load_model(tmp_path / "checkpoints", "cpu")
-    assert config.num_experts == 8
-    for layer in model.layers:
-        bias = layer.feed_forward.router.bias.tolist()
-        assert {round(value, 6) for value in bias} <= {-0.02, -0.01, 0.0, 0.01, 0.02} and any(bias)
-
-
-def losses(rank: int, world_size: int, config: Config) -> list[float]:
-    return [report.loss for report in build_trainer(rank, world_size, config, range(STEPS)).steps()]
-
-
-@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
-def test_16_bits(dtype: str) -> None:
-    """Within the noise of the dtype, on which routers may choose otherwise."""
-    model = {**BIASED, "dtype": dtype}
-    alone = run_ranks(1, losses, make_config(model={**model, "dtype": "torch.float32"}, loss=LOSSES))[0]
-    sizes = {"expert": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}}
-    found = run_ranks(2, losses, make_config(sizes, model=model, loss=LOSSES))[0]
-    assert found == pytest.approx(alone, rel=5e-3)
-    assert found[-1] != found[0]
