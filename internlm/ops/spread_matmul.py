@@ -1,7 +1,8 @@
 """Matrix products of tokens that are spread over the ranks of a group: gathered before, or summed and dealt out after.
 
-Two paths with the same result up to the order of sums: a collective beside a GEMM; and, between GPUs of one node that
-reach each other's memory, torch's symmetric-memory operators, which send chunk by chunk while they multiply.
+Two paths with the same result up to the order of sums: a collective beside a GEMM; and, for large products between GPUs
+of one node that reach each other's memory, torch's symmetric-memory operators, which send chunk by chunk while they
+multiply.
 """
 
 import importlib
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.collectives import Group, all_gather, reduce_scatter
-from internlm.utils.logger import get_logger
+from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
 
@@ -23,7 +24,7 @@ _WORTHWHILE = 4e11
 
 def gather_matmul(x: Tensor, b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """x [n, in] of every rank, one after the other [n * ranks, in], and its product with b [in, out]."""
-    if _worthwhile(x, b, group.size()) and _is_fused(x.device.type, group):
+    if _is_fused(x, b, group, copies=group.size()):
         gathered, (y,) = torch.ops.symm_mem.fused_all_gather_matmul(x.contiguous(), [b], 0, group.group_name)
         return gathered, y
     gathered = all_gather(x, group).wait()
@@ -32,28 +33,33 @@ def gather_matmul(x: Tensor, b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
 
 def matmul_scatter(x: Tensor, b: Tensor, group: Group) -> Tensor:
     """x [n * ranks, in] @ b [in, out], summed over the ranks, of which this rank gets its part [n, out]."""
-    if _worthwhile(x, b) and _is_fused(x.device.type, group):
+    if _is_fused(x, b, group):
         return torch.ops.symm_mem.fused_matmul_reduce_scatter(x.contiguous(), b, "sum", 0, group.group_name)
     return reduce_scatter(x @ b, group).wait()
 
 
-def _worthwhile(x: Tensor, b: Tensor, copies: int = 1) -> bool:
-    return 2 * copies * x.shape[0] * b.numel() >= _WORTHWHILE
+def _is_fused(x: Tensor, b: Tensor, group: Group, copies: int = 1) -> bool:
+    """Whether the product of `copies` of x and b goes by symmetric memory: where it can, and is large enough."""
+    if not x.is_cuda or not _has_peers(group):
+        return False
+    flop = 2 * copies * x.shape[0] * b.numel()
+    fused = flop >= _WORTHWHILE
+    path = "symmetric memory" if fused else "a collective, too small for symmetric memory"
+    log_once(logger, f"products of {flop / 1e12:.2f} TFLOP between {group.size()} ranks: {path}")
+    return fused
 
 
 @cache
-def _is_fused(device_type: str, group: Group) -> bool:
+def _has_peers(group: Group) -> bool:
     """Whether the group's GPUs can read each other's memory: all in this node, with a peer path between them."""
-    if device_type != "cuda":
-        return False
     here = torch.cuda.device_count()  # one rank a GPU, nodes in order
     ranks = dist.get_process_group_ranks(group)
     own = torch.cuda.current_device()
     peers = {rank % here for rank in ranks} - {own}
-    fused = len({rank // here for rank in ranks}) == 1 and all(
+    found = len({rank // here for rank in ranks}) == 1 and all(
         torch.cuda.can_device_access_peer(own, peer) for peer in peers
     )
-    if fused:
+    if found:
         importlib.import_module("torch.distributed._symmetric_memory")  # registers the operators
-    logger.info("matrix products between %d ranks: %s", len(ranks), "symmetric memory" if fused else "plain")
-    return fused
+    logger.info("symmetric memory between %d ranks: %s", len(ranks), "yes" if found else "no, plain collectives")
+    return found
