@@ -5,8 +5,9 @@ same texts, call by call, and gather what they need as they do in training. They
 can end an answer earlier than another, which would then wait for it for ever.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -60,8 +61,7 @@ class _Exam:
     def result(self, report: StepReport) -> StepReport:
         """The report, with what the model says now."""
         self.model.eval()
-        # what is compiled is compiled for the rows of training
-        with _logits_of_rank_0(self.model, self.mesh), torch.compiler.set_stance("force_eager"):
+        with _logits_of_rank_0(self.model, self.mesh), _eager():
             answers, scores = self._answers(), self._scores()
         self.model.train()
         self.engine.wait()  # drops what was gathered
@@ -99,6 +99,11 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], Seq
     prompts = [prompt_ids(tokenizer, template, turns) for turns in questions]
     stops = [tokenizer.id_of(text) for text in template.stop]
     return prompts, [index for index in stops if index is not None]
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """What is compiled is compiled for the rows of training. Loading the compiler only to say so takes seconds."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

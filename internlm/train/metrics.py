@@ -166,7 +166,7 @@ class StepReport:
     updated: bool = False  # the update was made; False also when a gradient was not finite
     loss: float = math.nan  # token-weighted mean over all ranks of what is trained, label smoothing included
     perplexity: float = math.nan
-    acc: float = math.nan  # share of trained tokens whose argmax is right
+    acc: float = math.nan  # share of trained tokens whose argmax is right; of pairs that are told apart (dpo)
     grad_norm: float = math.nan  # global, before clipping, without the loss scale
     lr: float = 0.0
     adam_beta2: float = 0.0
@@ -177,7 +177,7 @@ class StepReport:
     mfu_full: float = 0.0  # the same, attention counted as a full square
     hfu: float = 0.0  # the same as mfu, recomputation counted
     num_consumed_tokens: int = 0
-    num_trained_tokens: int = 0  # of this step
+    num_trained_tokens: int = 0  # of this step; pairs (dpo)
     inf_nan_skip_batches: int = 0
     micro_num: int = 0  # micro batches per data rank
     num_samples_in_batch: int = 0
