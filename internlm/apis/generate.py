@@ -123,7 +123,8 @@ def _stream(
     # Rows are padded with their own last token, so that padding marks nothing as seen.
     tokens = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]).to(weight.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, weight.device, weight.dtype)
+    room, heads = longest + max_new_tokens, model.num_kv_heads
+    cache = KVCache(model.config, len(prompts), room, weight.device, weight.dtype, heads)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
     seen.scatter_(1, tokens, True)
     generator = torch.Generator(weight.device).manual_seed(seed)

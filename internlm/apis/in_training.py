@@ -19,6 +19,7 @@ from internlm.apis.generate import check_prompt
 from internlm.apis.harness import Scorer, open_tasks, run_tasks
 from internlm.apis.sampling import Sampling
 from internlm.config.schema import Config
+from internlm.core.collectives import all_gather
 from internlm.core.mesh import Mesh
 from internlm.data.chat import chat_template, prompt_ids
 from internlm.data.message import Message
@@ -108,11 +109,15 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _logits_of_rank_0(model: Transformer, mesh: Mesh) -> Iterator[None]:
-    """All ranks see the logits of rank 0."""
+    """All ranks see the logits of rank 0, whole where tensor ranks share the vocabulary."""
 
-    def send(head: Any, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):  # else the loss of a row, as often on every rank
-            dist.broadcast(output, 0, group=mesh.world_group)
+    def send(head: Any, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # the loss of a row, as often on every rank
+            return output
+        if mesh.sizes["tensor"] > 1:
+            output = all_gather(output.T, mesh.group("tensor")).wait().T.contiguous()
+        dist.broadcast(output, 0, group=mesh.world_group)
+        return output
 
     hook = model.head.register_forward_hook(send)
     try:

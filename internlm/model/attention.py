@@ -40,13 +40,19 @@ class KVCache:
     of a row's new tokens are real; what the padding wrote lies behind the row's length, is never attended to, and is
     overwritten by the next tokens. A finished row gets num_new 0 and stays as it is.
 
-    `max_length` bounds the sum of the new tokens of all calls, padding included.
+    `max_length` bounds the sum of the new tokens of all calls, padding included. `num_kv_heads` None: all.
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_kv_heads: int | None = None,
     ) -> None:
-        shape = (batch_size, max_length, config.num_kv_heads, config.head_size)
+        shape = (batch_size, max_length, num_kv_heads or config.num_kv_heads, config.head_size)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)  # tokens held by each row

@@ -5,6 +5,7 @@ parameters, so that whoever shards, recomputes or compiles them can attach to th
 """
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config, dtype)
         self.layers = nn.ModuleList(Block(config, dtype, norm_dtype) for _ in range(config.num_layers))
         self.head = Head(config, dtype, norm_dtype)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads that are computed here: all, unless tensor ranks share them."""
+        return cast(Block, self.layers[0]).attention.wqkv.out_shape[0]
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [tokens, vocab] of a packed row, in the model's dtype."""

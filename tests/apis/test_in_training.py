@@ -69,6 +69,7 @@ def by_transformers(folder: Path, prompts: list[list[int]], stop: int | None = N
         (2, (1, 2, 2), {}),
         (2, (2, 2, 2), {}),
         (2, (2, 2, 2), {"context": {"ulysses": 2}}),
+        (2, (1, 1, 1), {"tensor": {"size": 2}}),
     ],
 )
 def test_answers_are_those_of_the_checkpoint_and_training_goes_on_as_before(
@@ -143,7 +144,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {"every": 0}}, "evaluation.every = 0: it goes with"),
     ({"evaluation": {"prompts": ()}}, "evaluation.every = 2: it goes with"),
     ({"data": {"tokenizer_path": None}}, "texts need data.tokenizer_path"),
-    ({"parallel": {"tensor": {"size": 2}}}, "evaluation with parallel.tensor.size = 2"),
+    ({"parallel": {"tensor": {"size": 2, "mode": "msp"}}}, "parallel.tensor.size = 2 (msp)"),
     ({"parallel": {"pipeline": {"size": 2}}}, "evaluation with parallel.pipeline.size = 2"),
     ({"parallel": {"context": {"ring": 2}}, "evaluation": {"tasks": ("x",)}}, "evaluation.tasks where rows are cut"),
 ]
