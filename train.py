@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mesh = build_mesh(config.parallel, world)
         model = build_model(config)
         placements = parallelize(model, config, mesh)
-        initial = partial(initial_value, config=config.model, seed=config.seed)
+        initial = partial(initial_value, config=config.model, seed=config.seed, device=mesh.device)
         optimizer = HybridZero(model, config, mesh, initial, placements)
         objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
         schedule = build_schedule(model, optimizer, config, mesh, objective)

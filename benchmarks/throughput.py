@@ -2,8 +2,9 @@
 
     python benchmarks/throughput.py 7B [--gpus 2] [--steps 25] [--profile] [section.key=value ...]
 
-The run is the one that a user makes: train.py under torchrun, loader, logging and optimizer step included. The figures
-are medians over the steps after the first five. `--profile` traces two steps and prints where their time went.
+The run is the one that a user makes: train.py (under torchrun where there are several GPUs), loader, logging and
+optimizer step included. The figures are medians over the steps after the first five. `--profile` traces two steps and
+prints where their time went.
 """
 
 import argparse
@@ -41,9 +42,9 @@ CASES: dict[str, list[str]] = {
         "data.seq_len=32768",
         "data.micro_bsz=1",
         "data.micro_num=2",
-        "model.checkpoint=0.7",
+        "model.checkpoint=feed_forward",
     ],
-    "1.8B": [*TWO, *SYNTHETIC, "data.seq_len=4096", "data.micro_bsz=4", "data.micro_num=4"],
+    "1.8B": [*TWO, *SYNTHETIC, "data.seq_len=4096", "data.micro_bsz=8", "data.micro_num=2"],
     # documents of log-normal length, mean 1k, and uniform rows of the same mean attention work
     "1.8B-ragged-4k": [*TWO, *RAGGED, "data.seq_len=4096", "data.micro_bsz=4", "data.micro_num=4"],
     "1.8B-even-4k": [*TWO, *SYNTHETIC, "data.seq_len=1920", "data.micro_bsz=8", "data.micro_num=4"],
@@ -113,8 +114,9 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float
     if "data.train_folder=RAGGED" in settings:
         write_ragged(folder / "data")
     settings = [setting.replace("RAGGED", str(folder / "data")) for setting in settings]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.gpus}", "--standalone"]
-    command += ["train.py", "--config", config, "--run_dir", str(folder), f"data.total_steps={options.steps}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={options.gpus}", "--standalone"]
+    command = [sys.executable, *(torchrun if options.gpus > 1 else []), "train.py"]
+    command += ["--config", config, "--run_dir", str(folder), f"data.total_steps={options.steps}"]
     command += ["--profiling"] * options.profile
     sampler = Sampler(folder / "metrics.jsonl")
     sampler.start()

@@ -102,9 +102,10 @@ class ModelConfig(Section):
     num_chunks: PositiveInt = Field(
         1, description="runs of blocks per pipeline stage; above 1: the interleaved schedule"
     )
-    checkpoint: bool | Fraction | Literal["selective"] = Field(
+    checkpoint: bool | Fraction | Literal["selective", "feed_forward"] = Field(
         False,
-        description="activation recomputation: False, True, the fraction of blocks (the first ones) recomputed, or "
+        description="activation recomputation: False, True, the fraction of blocks (the first ones) recomputed; "
+        '"feed_forward": their feed-forward layers, half of what is kept for a sixth of the work; '
         '"selective": all but matrix products and attention',
     )
     fp8: bool = Field(
@@ -157,7 +158,7 @@ class ModelConfig(Section):
     @property
     def recompute_fraction(self) -> float:
         """Share of blocks that run again in backward as a whole."""
-        return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
+        return 0.0 if isinstance(self.checkpoint, str) else float(self.checkpoint)
 
 
 class LoraConfig(Section):

@@ -1,14 +1,16 @@
 """Texts to token ids with a sentencepiece model, several times faster than line by line where that is exact.
 
-A BPE model without text normalisation never merges across most spaces, because no piece of its vocabulary reaches
-across them. So a line can be cut there, and the words encoded one by one and remembered: same ids, less work.
-`Cutter` proves from the model file where cuts are allowed; for other models whole lines are encoded.
+A BPE model without text normalisation never merges two characters that stand side by side in no piece of its
+vocabulary, such as a letter and the comma behind it. So a text can be cut there, and the words encoded one by one and
+remembered: same ids, less work. `Cutter` proves from the model file where cuts are allowed; for other models whole
+texts are encoded.
 
 Ids are handed out in decimal ("1, 22, 333"), as they are written: joining remembered text beats joining numbers.
 Torch is not imported here, so that worker processes start fast.
 """
 
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,9 @@ from typing import Any
 from internlm.utils.errors import UserError
 
 SPACE = "\u2581"  # how sentencepiece writes a space
-MAX_WORDS = 1 << 18  # remembered per process, about 60 MB
+SEPARATOR = "\x01"  # hardly in any text
+GROUP = 256  # words that are encoded as one text
+MAX_WORDS = 1 << 19  # remembered per process, twice: about 200 MB
 MAX_WORD_LENGTH = 32  # longer ones rarely come back
 
 
@@ -42,8 +46,8 @@ class Encoder:
             raise UserError(f"{recipe.tokenizer}: this model has no <s> or no </s> to add.")
         self._head, self._tail = _decimal(head), _decimal(tail)
         self._cutter = Cutter.of(self.model)
-        self._firsts: dict[str, str] = {}  # text -> its ids as ", 1, 22"
-        self._words: dict[str, str] = {}  # text behind the space of a cut -> ids of the space and the text
+        self._words: dict[str, str] = {}  # what stands between two cuts -> its ids as ", 1, 22"
+        self._earlier: dict[str, str] = {}
 
     def encode(self, texts: list[str]) -> list[str]:
         """The ids of each text in decimal, with `<s>` and `</s>` as the recipe says."""
@@ -55,38 +59,43 @@ class Encoder:
 
     def _by_words(self, texts: list[str], cutter: "Cutter") -> list[str]:
         lines = [cutter.cut(text) for text in texts]
-        firsts = [words.pop(0) for words in lines]
-        space = "" if cutter.dummy_prefix else " "
-        long = [
-            (self._firsts, self._learn(self._firsts, set(firsts), "")),
-            (self._words, self._learn(self._words, set().union(*lines), space)),
-        ]
+        missing = set().union(*lines) - self._words.keys()
+        seen = missing & self._earlier.keys()
+        new = list(missing - seen)
+        self._words.update(zip(new, self._learn(new, cutter), strict=True))
+        self._words.update((word, self._earlier[word]) for word in seen)
         known = self._words.__getitem__
-        ids = [self._firsts[first] + "".join(map(known, words)) for first, words in zip(firsts, lines, strict=True)]
-        for table, words in long:
-            for word in words:
-                del table[word]
-            if len(table) > MAX_WORDS:
-                table.clear()
+        ids = ["".join(map(known, words)) for words in lines]
+        for word in new:
+            if len(word) > MAX_WORD_LENGTH:
+                del self._words[word]
+        if len(self._words) > MAX_WORDS:
+            self._earlier, self._words = self._words, {}  # what is still in use comes back from there
         return ids
 
-    def _learn(self, known: dict[str, str], words: set[str], prefix: str) -> list[str]:
-        """Encode what is not yet known, in one call, which costs half of many; returns those too long to be kept."""
-        new = list(words - known.keys())
-        known.update(zip(new, self._whole([prefix + word for word in new]), strict=True))
-        return [word for word in new if len(word) > MAX_WORD_LENGTH]
+    def _learn(self, words: list[str], cutter: "Cutter") -> list[str]:
+        """The ids of words that are not known yet: many words, held apart, are encoded as one text, since each text
+        costs as much as a dozen letters."""
+        separator = cutter.separator
+        if separator is None or any(SEPARATOR in word or not word for word in words):
+            return self._whole(words)
+        lead = SEPARATOR + " " * cutter.dummy_prefix
+        groups = [lead + lead.join(words[at : at + GROUP]) for at in range(0, len(words), GROUP)]
+        return [", " + ids for text in self._whole(groups) for ids in text.split(separator)[1:]]
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts texts at spaces where the ids stay the same; the space of a cut is dropped from the parts.
+    """Cuts texts where the ids stay the same: between characters that no piece of the vocabulary holds side by side.
 
-    A cut between character c and a space is allowed when no piece of the vocabulary holds c followed by a space.
+    Cuts are made in front of *openers* only: a space, and other ASCII characters that follow no letter in any piece.
+    A model that puts a space before every text would put one before each word; there it stands for the space of the
+    cut, and spaces are the only openers.
     """
 
-    boundary: "re.Pattern[str]"
-    forbidden: tuple[str, ...]  # texts with one of these need `boundary`; others are cut at every space
+    word: "re.Pattern[str]"  # from one cut to the next
     dummy_prefix: bool  # the model itself puts a space before every text
+    separator: str | None  # SEPARATOR's id among others, such as ", 4, ", if it has one to itself
 
     @staticmethod
     def of(model: Any) -> "Cutter | None":
@@ -94,23 +103,31 @@ class Cutter:
         fields = ModelFields(model.serialized_model_proto())
         if not fields.cuts_words:
             return None
-        before = sorted({left for piece in fields.pieces for left in re.findall(f"([^{SPACE}]){SPACE}", piece)})
-        boundary = re.compile(f"(?<=[^ {re.escape(''.join(before))}]) ")
-        return Cutter(boundary, ("  ", *(left + " " for left in before)), fields.dummy_prefix)
+        pairs = {piece[at : at + 2].replace(SPACE, " ") for piece in fields.pieces for at in range(len(piece) - 1)}
+        openers = set(" ") if fields.dummy_prefix else set(string.punctuation + string.whitespace)
+        openers -= {pair[1] for pair in pairs if pair[0] in string.ascii_letters}
+        # A cut is between any other character and an opener, unless it stands in front of an opener in some piece.
+        glued = {pair[0] for pair in pairs if pair[1] in openers} | {SPACE}
+        others = _characters(openers | glued)
+        word = f"[{others}]*(?:[^{others}]++[{_characters(glued - openers)}][{others}]*)*+[^{others}]*"
+        ids = model.encode("x" + SEPARATOR)
+        alone = not any(SEPARATOR in pair for pair in pairs) and ids[:-1] == model.encode("x")
+        alone = alone and model.id_to_piece(ids[-1]) in (SEPARATOR, "<0x01>")
+        return Cutter(re.compile(word), fields.dummy_prefix, f", {ids[-1]}, " if alone else None)
 
     def cut(self, text: str) -> list[str]:
-        """The parts of `text`, at least one: all but the first stood behind a space."""
-        # A literal U+2581 counts as a space in the model; a space at the end would leave an empty text, which gets
-        # no dummy prefix.
-        if SPACE in text or (self.dummy_prefix and text[-1:] == " "):
-            return [text]
-        body = text.lstrip(" ")
-        for pair in self.forbidden:
-            if pair in body:
-                return self.boundary.split(text)
-        words = body.split(" ")
-        words[0] = text[: len(text) - len(body)] + words[0]
+        """The parts of `text`, to be encoded one by one."""
+        if self.dummy_prefix and text[-1:] == " ":
+            return [text]  # an empty text gets no dummy prefix
+        words = self.word.findall(text)[:-1]  # the last match is the empty one at the end
+        if self.dummy_prefix:
+            words[1:] = [word[1:] for word in words[1:]]
         return words
+
+
+def _characters(characters: set[str]) -> str:
+    """The inside of a class of a regular expression."""
+    return "".join(map(re.escape, sorted(characters)))
 
 
 def _decimal(ids: list[int]) -> str:
@@ -136,7 +153,8 @@ class ModelFields:
         pieces = [dict(_proto(value)) for number, value in top if number == 1]
         trainer = dict(item for number, value in top if number == 2 for item in _proto(value))
         normalizer = dict(item for number, value in top if number == 3 for item in _proto(value))
-        self.pieces = [piece[1].decode("utf-8") for piece in pieces if 1 in piece]
+        # control pieces, bytes and the unknown one are never found in a text
+        self.pieces = [piece[1].decode("utf-8") for piece in pieces if 1 in piece and piece.get(3, 1) in (1, 4, 5)]
         self.user_defined = [piece[1].decode("utf-8") for piece in pieces if piece.get(3) == 4]
         self.dummy_prefix = normalizer.get(3, 1) == 1
         self.cuts_words = (

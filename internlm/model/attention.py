@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from internlm.config.schema import ModelConfig
 from internlm.model.layers import Linear, RMSNorm
 from internlm.ops.attention import attention, cached_attention
-from internlm.ops.rotary import rotate
+from internlm.ops.rotary_split import split_and_rotate
 from internlm.ops.segments import Segments
 
 
@@ -114,12 +114,11 @@ class Attention(nn.Module):
 
         Tokens attend inside their segment, or, when decoding, to what the cache holds of their row.
         """
-        q, k, v = self.wqkv(x).split((self.wqkv.out_shape[1] - 2, 1, 1), dim=2)  # [tokens, kv_heads, G | 1 | 1, d]
+        qkv = self.wqkv(x)  # [tokens, kv_heads, groups + 2, d]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, cos, sin, self.interleaved).flatten(1, 2)  # [tokens, heads, d]
-        k = rotate(k, cos, sin, self.interleaved).squeeze(2)  # [tokens, kv_heads, d]
-        v = v.squeeze(2)
+            q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+        q, k, v = split_and_rotate(qkv, cos, sin, self.interleaved)
         if cache is not None:
             out = cache.attend(q, k, v)
         else:

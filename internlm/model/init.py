@@ -16,7 +16,8 @@ from internlm.config.schema import ModelConfig
 from internlm.core.random import seed_of
 
 # Values are drawn in pieces of this many, each from a stream of its own: pieces can be drawn at once by all cores
-# (one core draws about 50 million normals a second, two minutes for 7B), and how many there are changes nothing.
+# (one core draws 50 to 200 million normals a second, a minute or two for 7B) and sent to the device one by one, and how
+# many there are changes nothing.
 _PIECE = 2**20
 
 # Experts start as a dense layer does; the router and the mixture of shared experts as other projections of the token.
@@ -40,11 +41,11 @@ def initial_value(
     if name.endswith("norm.weight"):
         return torch.ones(shape, device=device)
     if name.endswith(".lora_a"):  # uniform with the bound 1 / sqrt(inputs), as PEFT begins
-        return _draw(name, prod(shape), seed, "uniform").div_(sqrt(3 * shape[-1])).view(shape).to(device)
+        return _draw(name, prod(shape), seed, "uniform", 1 / sqrt(3 * shape[-1]), device).view(shape)
     if name.endswith((".bias", ".lora_b")):
         return torch.zeros(shape, device=device)
     kind = config.init_type if config.init == "internlm2" else "normal"
-    return _draw(name, prod(shape), seed, kind).mul_(initial_std(name, config)).view(shape).to(device)
+    return _draw(name, prod(shape), seed, kind, initial_std(name, config), device).view(shape)
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
@@ -84,17 +85,20 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         parameter.copy_(initial_value(name, tuple(parameter.shape), config, seed, parameter.device))
 
 
-def _draw(name: str, count: int, seed: int, kind: str) -> Tensor:
-    """`count` fp32 numbers of mean 0 and variance 1, normal or uniform."""
-    values = torch.empty(count)
+def _draw(name: str, count: int, seed: int, kind: str, std: float, device: torch.device | str) -> Tensor:
+    """`count` fp32 numbers of mean 0 and standard deviation `std`, normal or uniform."""
+    values = torch.empty(count, device=device)
 
     def fill(index: int) -> None:
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/{index}"))
-        piece = values[index * _PIECE : (index + 1) * _PIECE]
+        target = values[index * _PIECE : (index + 1) * _PIECE]
+        piece = target if target.device.type == "cpu" else torch.empty(len(target))
         if kind == "normal":
-            piece.normal_(generator=generator)
+            piece.normal_(0.0, std, generator=generator)
         else:
-            piece.uniform_(-sqrt(3), sqrt(3), generator=generator)
+            piece.uniform_(-sqrt(3) * std, sqrt(3) * std, generator=generator)
+        if piece is not target:
+            target.copy_(piece)
 
     num_pieces = (count + _PIECE - 1) // _PIECE
     if num_pieces == 1:

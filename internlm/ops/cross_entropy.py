@@ -118,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), device=hidden.device)
         token_losses = torch.empty(len(labels), device=hidden.device)
         correct = torch.empty(len(labels), device=hidden.device, dtype=torch.bool)
-        rows = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**22) // len(weight))
+        rows = _chunk_rows(len(labels), len(weight), hidden.device.type)
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
             grad_logits, chunk = _chunk(
@@ -157,6 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, factor, out=scaled)
         return grad_hidden, grad_weight, *[None] * 7
+
+
+def _chunk_rows(tokens: int, vocab: int, device_type: str) -> int:
+    """Rows of a chunk: as few chunks as the memory allows, alike, and whole tiles of a matrix product each."""
+    most = max(1, _CHUNK_ELEMENTS.get(device_type, 2**22) // vocab)
+    rows = -(-tokens // -(-tokens // most))
+    return min(most, -(-rows // 128) * 128)
 
 
 def _chunk(

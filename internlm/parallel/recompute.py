@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internlm.config.schema import ModelConfig
@@ -34,12 +35,19 @@ def num_recomputed(num_blocks: int, fraction: float) -> int:
 
 
 def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
-    """Makes the blocks of a chunk recompute, as `model.checkpoint` asks: the first ones from their input, or
-    "selective": all of them from the results of matrix products and attention.
+    """Makes the blocks of a chunk recompute, as `model.checkpoint` asks: the first ones from their input;
+    "feed_forward": of all of them the inside of the feed-forward layer; "selective": all of them from the results of
+    matrix products and attention.
 
-    The block's `forward` is replaced, not the block: hooks on its calls run once, in forward, and don't run again when
-    it is recomputed.
+    The `forward` is replaced, not the module: hooks on its calls run once, in forward, and don't run again when it is
+    recomputed.
     """
+    if config.checkpoint == "feed_forward":
+        for block in layers:
+            layer = block.get_submodule("feed_forward")
+            replace_forward(layer, MethodType(_recomputed_layer, layer))
+        logger.info("the feed-forward layers of all blocks are recomputed in backward, but for their last product")
+        return
     selective = config.checkpoint == "selective"
     count = len(layers) if selective else num_recomputed(len(layers), config.recompute_fraction)
     for block in layers[:count]:
@@ -61,6 +69,11 @@ def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any) -> Any
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _recomputed_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """A method of the layer and no closure, so that one compiled code serves all blocks."""
+    return checkpoint(type(layer).forward, layer, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -90,6 +90,8 @@ def _unsharded(config: Config) -> Memory:
 def _recompute(config: Config) -> str:
     layers = config.model.num_layers
     kept = "one micro batch" if config.parallel.pipeline.size == 1 else f"what {config.pipeline_schedule} has under way"
+    if config.model.checkpoint == "feed_forward":
+        return f"{kept}, feed-forward layers recomputed"
     if config.model.checkpoint == "selective":
         return f"{kept}, results of matrix products and attention are kept"
     return f"{kept}, {int(layers * config.model.recompute_fraction)} of {layers} blocks recomputed"

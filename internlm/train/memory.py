@@ -116,17 +116,21 @@ def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> f
     item = torch_dtype(model.dtype).itemsize
     residual = 4 if model.residual_in_fp32 else item
     hidden = model.hidden_size
-    ffn = model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
     streams = 2 * hidden * residual  # inputs of both norms
-    normed = (2 if ffn else 1) * hidden * item  # inputs of wqkv and w13
-    attention = (query + key_value // 2 + 2 * model.head_size) * item  # rotated queries and keys, sines
-    attention += (query + key_value) * item  # wqkv's output, which the values are a view of
+    feed_forward = inside_feed_forward(model)
+    normed = (2 if feed_forward else 1) * hidden * item  # inputs of wqkv and w13
+    attention = (query + key_value) * item  # rotated queries and keys, values
     attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
-    feed_forward = 3 * ffn * item  # gate, up and their product
     outside = streams / (1 if mode == "mtp" else tensor) + normed / (tensor if mode == "fsp" else 1)
     return outside + (attention + feed_forward + _routed_per_token(model, item)) / tensor
+
+
+def inside_feed_forward(model: ModelConfig) -> int:
+    """Bytes that autograd keeps of one token inside a dense feed-forward layer or shared experts: gate, up, product."""
+    ffn = model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
+    return 3 * ffn * torch_dtype(model.dtype).itemsize
 
 
 def _routed_per_token(model: ModelConfig, item: int) -> int:
@@ -160,13 +164,17 @@ def _activations(config: Config, mesh: Mesh) -> int:
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
     selected = selected_per_token(model, tensor, mode)
 
+    inside = inside_feed_forward(model) / tensor
+
     def of_chunk(num_blocks: int) -> float:
+        if model.checkpoint == "feed_forward":
+            return num_blocks * (block - inside)
         if model.checkpoint == "selective":
             return num_blocks * selected
         recomputed = num_recomputed(num_blocks, model.recompute_fraction)
         return (num_blocks - recomputed) * block + recomputed * stream
 
-    again = block if model.checkpoint else 0
+    again = inside if model.checkpoint == "feed_forward" else block if model.checkpoint else 0
     return int(_tokens(config, mesh) * (most_kept(config, mesh.coordinates["pipeline"], of_chunk) + again))
 
 

@@ -28,12 +28,16 @@ class StepFlops:
 def step_flops(config: ModelConfig, lengths: list[int]) -> StepFlops:
     """FLOPs of forward and backward over segments of the given lengths.
 
-    A recomputed block does its forward, a third of its FLOPs, once more.
+    A recomputed block does its forward, a third of its FLOPs, once more; a recomputed feed-forward layer its first
+    product, that of gate and up.
     """
     causal, full = model_flops(config, lengths)
     blocks = causal - 6.0 * config.vocab_size * config.hidden_size * sum(lengths)
     recomputed = int(config.num_layers * config.recompute_fraction) / config.num_layers
-    return StepFlops(causal, full, causal + recomputed * blocks / 3)
+    again = recomputed * blocks / 3
+    if config.checkpoint == "feed_forward":
+        again = 4.0 * config.num_layers * config.hidden_size * config.ffn_size * sum(lengths)
+    return StepFlops(causal, full, causal + again)
 
 
 @dataclass(frozen=True)
@@ -48,23 +52,31 @@ class BatchCounts:
     smallest_batch: int
     flops: StepFlops  # of one rank, in the mean of all
 
+    @staticmethod
+    def of(facts: Tensor, num_ranks: int) -> "BatchCounts":
+        """From what `count_batch` returned; waits for the device."""
+        everyone = facts.cpu()
+        trained, tokens, segments, *flop_sums = everyone[:, :_NUM_SUMS].sum(0).tolist()
+        longest, most, fewest = everyone[:, _NUM_SUMS:].amax(0).tolist()
+        mean = StepFlops(*(value / num_ranks for value in flop_sums))
+        return BatchCounts(int(trained), int(tokens), int(segments), int(longest), int(most), -int(fewest), mean)
 
-def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> BatchCounts:
-    """Counts `batch` over all data ranks: one small gather, made before the step queues any work on the device."""
+
+_NUM_SUMS = 6  # facts that are summed over the data ranks; of the others the largest counts
+
+
+def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> Tensor:
+    """The facts of `batch` on every data rank: fp64 [ranks, facts] on the device. One small gather; nobody waits."""
     rows = batch.micro_batches
     samples = [len(row.segments.lengths) for row in rows]
     flops = step_flops(config, [length for row in rows for length in row.segments.lengths])
     trained, tokens = sum(row.num_trained for row in rows), sum(row.tokens.numel() for row in rows)
     sums = [trained, tokens, sum(samples), flops.causal, flops.full, flops.hardware]
     extremes = [max(row.segments.max_length for row in rows), max(samples), -min(samples)]
-    mine = torch.tensor(sums + extremes, dtype=torch.float64, device=mesh.device)
-    gathered = mine.new_empty(mesh.dp_size, mine.numel())  # [ranks, facts]
+    mine = torch.tensor(sums + extremes, dtype=torch.float64).to(mesh.device, non_blocking=True)
+    gathered = mine.new_empty(mesh.dp_size, mine.numel())
     dist.all_gather(list(gathered.unbind()), mine, group=mesh.group("data"))
-    everyone = gathered.cpu()
-    trained, tokens, segments, *flop_sums = everyone[:, : len(sums)].sum(0).tolist()
-    longest, most, fewest = everyone[:, len(sums) :].amax(0).tolist()
-    mean = StepFlops(*(value / mesh.world.size for value in flop_sums))
-    return BatchCounts(int(trained), int(tokens), int(segments), int(longest), int(most), -int(fewest), mean)
+    return gathered
 
 
 @dataclass(frozen=True)

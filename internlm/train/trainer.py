@@ -17,6 +17,7 @@ from internlm.train.metrics import BatchCounts, StepReport, StepSums, ValidRepor
 from internlm.train.routing import Routing, load_of
 from internlm.train.state import TrainState
 from internlm.utils.device import memory_allocated, peak_flops, torch_dtype
+from internlm.utils.garbage import paused_collector
 from internlm.utils.logger import common_warning, get_logger
 from internlm.utils.timers import DeviceTimer, Timer
 
@@ -47,28 +48,37 @@ class Trainer:
         self.routing = routing
         self.peak_flops = peak_flops(mesh.device, torch_dtype(config.model.dtype))
         self._fwd_bwd = DeviceTimer(mesh.device)
+        self._batches: Iterator[StepBatch] = iter(())
+        self._fetched: tuple[StepBatch, Tensor | None] | None = None  # the next batch, and what all ranks hold in it
 
     def steps(self) -> Iterator[StepReport]:
         """Run until the loader ends, yielding a report after every batch."""
-        batches = iter(self.train_loader)
-        while True:
-            timer = Timer()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            report = self._step(batch, timer)
-            every = self.config.data.valid_every
-            yield replace(report, validation=self.validate()) if every and report.step % every == 0 else report
+        self._batches = iter(self.train_loader)
+        self._fetch()
+        with paused_collector() as collect_garbage:
+            while self._fetched is not None:
+                collect_garbage()
+                report = self._step(*self._fetched, Timer())
+                every = self.config.data.valid_every
+                yield replace(report, validation=self.validate()) if every and report.step % every == 0 else report
+
+    def _fetch(self) -> None:
+        """Takes the next batch, if there is one, and starts to count it over the ranks."""
+        batch = next(self._batches, None)
+        self._fetched = None
+        if batch is not None:
+            facts = None if batch.skipped else count_batch(batch, self.config.model, self.mesh)
+            self._fetched = batch, facts
 
     def validate(self) -> tuple[ValidReport, ...]:
         """Evaluate on every validation set."""
         return tuple(evaluate(self.schedule, loader, self.mesh) for loader in self.valid_loaders.values())
 
-    def _step(self, batch: StepBatch, timer: Timer) -> StepReport:
-        if batch.skipped:
+    def _step(self, batch: StepBatch, facts: Tensor | None, timer: Timer) -> StepReport:
+        if facts is None:
             logger.info(f"batch {batch.index} is left out, as data.skip_batches asks")
             return self._left_out()
-        counts = count_batch(batch, self.config.model, self.mesh)
+        counts = BatchCounts.of(facts, self.mesh.world.size)
         if counts.trained_tokens == 0:
             common_warning(logger, f"batch {batch.index} has no token to train on any rank; it is left out")
             return self._left_out()
@@ -77,6 +87,7 @@ class Trainer:
     def _left_out(self) -> StepReport:
         state = self.state
         state.batch_count += 1
+        self._fetch()
         return StepReport(
             step=state.batch_count,
             step_count=state.step_count,
@@ -94,6 +105,7 @@ class Trainer:
         sums = self._forward_backward(batch, counts, loss_scale)
         result: StepResult = self.optimizer.step(lr, beta2)
         routed = self._end_routing(batch, result.ok)
+        self._fetch()  # while the device computes
         totals, (grad_norm, ok, *experts) = sums.reduce(self.mesh, result.grad_norm, result.ok, *routed)
         seconds = timer.seconds
         self._advance(counts, bool(ok), grad_norm, batch.index)

@@ -14,7 +14,13 @@ from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
-from internlm.train.memory import memory_per_rank, most_kept, saved_per_token, selected_per_token
+from internlm.train.memory import (
+    inside_feed_forward,
+    memory_per_rank,
+    most_kept,
+    saved_per_token,
+    selected_per_token,
+)
 
 
 def sized(**changes):
@@ -137,11 +143,12 @@ def test_what_a_schedule_keeps(schedule, first, last):
     assert (found[0], found[-1]) == (first, last), found
 
 
-def test_selective_recomputation_against_autograd():
-    """What the policy keeps of one more block: tensors that are alive after a forward."""
+@pytest.mark.parametrize("kind", ["selective", "feed_forward"])
+def test_recomputation_against_autograd(kind):
+    """What is kept of one more block: tensors that are alive after a forward."""
     kept = []
     for num_layers in (1, 2):
-        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint="selective"))
+        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint=kind))
         model = Transformer(config.model)
         initialize(model, config.model, seed=0)
         recompute_blocks(model.layers, config.model)
@@ -152,7 +159,11 @@ def test_selective_recomputation_against_autograd():
         loss = model.loss(batch).loss_sum
         kept.append((live_bytes() - before) / len(tokens))
         del loss
-    assert selected_per_token(config.model) == pytest.approx(kept[1] - kept[0], rel=0.02)
+    expected = selected_per_token(config.model)
+    if kind == "feed_forward":
+        plain_norms = 2 * (config.model.hidden_size + 1) * 4
+        expected = saved_per_token(config.model) - inside_feed_forward(config.model) + plain_norms
+    assert expected == pytest.approx(kept[1] - kept[0], rel=0.02)
 
 
 def live_bytes() -> int:

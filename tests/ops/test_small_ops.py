@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from internlm.config.rope_section import RopeScaling
 from internlm.ops.rms_norm import rms_norm, rms_norm_reference
 from internlm.ops.rotary import rotary_tables, rotate
+from internlm.ops.rotary_split import split_and_rotate, split_and_rotate_reference
 from internlm.ops.swiglu import swiglu, swiglu_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -152,3 +153,16 @@ def test_scaled_angles_are_those_of_transformers_bit_for_bit(base, scaling):
             assert torch.equal(table, other[0, :, :64]), length
         if scaling["rope_type"] == "dynamic":
             rotary = LlamaRotaryEmbedding(theirs)  # it would go on with the longest text so far
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_projection_is_split_and_rotated(interleaved):
+    """One operation with a gradient of its own, against the same by autograd."""
+    torch.manual_seed(0)
+    qkv = torch.randn(4, 3, 2 + 2, 8, dtype=torch.float64, requires_grad=True)
+    tables = rotary_tables(torch.tensor([0, 1, 0, 700]), 8, 1e4, torch.float64)
+    q, k, v = split_and_rotate(qkv, *tables, interleaved)
+    torch.testing.assert_close((q, k, v), split_and_rotate_reference(qkv, *tables, interleaved))
+    torch.testing.assert_close(q[:, 5], rotate(qkv[:, 2, 1], *tables, interleaved))  # second query of the third group
+    assert torch.equal(v, qkv[:, :, 3]) and not torch.equal(k[1], qkv[1, :, 2])
+    assert torch.autograd.gradcheck(lambda x: split_and_rotate(x, *tables, interleaved), qkv)

@@ -242,3 +242,5 @@ def test_hardware_flops_count_the_recomputed_forwards() -> None:
     for checkpoint, recomputed in ((False, 0), (0.5, 1), (True, 2)):
         flops = step_flops(make_config(model={"checkpoint": checkpoint}).model, lengths)
         assert flops.hardware - flops.causal == pytest.approx(recomputed * forward)
+    flops = step_flops(make_config(model={"checkpoint": "feed_forward"}).model, lengths)
+    assert flops.hardware - flops.causal == 2 * 2 * (2 * 16 * 24) * sum(lengths)
