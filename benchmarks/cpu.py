@@ -4,9 +4,8 @@
     loader     reading and packing of 1.8B rows against what one H200 trains on, 4 cores      wanted: at least 20
     tokenizer  tools/tokenizer.py against datasets.map with the same model, per core          wanted: at least 2
 
-The first ratio is of wall clock, both sides taking turns in one process. The others are of CPU time, which other work
-on the machine changes little. `datasets` is needed for the last
-(`pip install datasets`; requirements/eval.txt brings it).
+All are of CPU time, which other work on the machine changes little; give the first one thread (OMP_NUM_THREADS=1), since
+waiting threads count. `datasets` is needed for the last (`pip install datasets`; requirements/eval.txt brings it).
 """
 
 import argparse
@@ -38,8 +37,8 @@ H200_TOKENS = 49_164  # tokens/s of the 1.8B on one H200, benchmarks/README.md
 TOKENIZER = ROOT / "configs" / "demo_sft" / "tokenizer.model"
 
 
-def demo(folder: Path, turns: int = 9, steps: int = 4) -> str:
-    """Tokens/s of the Trainer with its monitor and of the loop below, of the least disturbed of their turns."""
+def demo(folder: Path, turns: int = 6, steps: int = 4) -> str:
+    """The Trainer with its monitor and the loop below take turns in one process; the least disturbed of them count."""
     overrides = [*SYNTHETIC, "data.valid_folder=None", "data.valid_every=0"]
     config = internlm.load_config(ROOT / "configs" / "demo.py", overrides, run_dir=str(folder))
     value_of = partial(internlm.initial_value, config=config.model, seed=config.seed)
@@ -55,15 +54,15 @@ def demo(folder: Path, turns: int = 9, steps: int = 4) -> str:
             sides: dict[str, Iterator[object]] = {"ours": map(monitor.report, trainer.steps()), "bare": _bare(config)}
             times: dict[str, list[float]] = {name: [] for name in sides}
             for turn, (name, side) in itertools.product(range(turns), sides.items()):
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in itertools.islice(side, steps):
                     pass
                 if turn > 0:
-                    times[name].append((time.perf_counter() - start) / steps)
+                    times[name].append((time.process_time() - start) / steps)
     tokens = config.data.seq_len * config.data.micro_bsz * config.data.micro_num
     ours, bare = (tokens / min(times[name]) for name in sides)
     threads = torch.get_num_threads()
-    return f"demo: {ours:,.0f} tokens/s, bare torch loop {bare:,.0f}, {threads} threads: {ours / bare:.2f}"
+    return f"demo: {ours:,.0f} tokens per CPU second, bare torch loop {bare:,.0f}, {threads} threads: {ours / bare:.2f}"
 
 
 def _bare(config: Config) -> Iterator[None]:
