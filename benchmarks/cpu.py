@@ -4,7 +4,7 @@
     loader     reading and packing of 1.8B rows against what one H200 trains on, 4 cores      wanted: at least 20
     tokenizer  tools/tokenizer.py against datasets.map with the same model, per core          wanted: at least 2
 
-All are of CPU time, which other work on the machine changes little; give the first one thread (OMP_NUM_THREADS=1), since
+All are of CPU time, which other work on the machine changes little; give the first one thread (OMP_NUM_THREADS=1), as
 waiting threads count. `datasets` is needed for the last (`pip install datasets`; requirements/eval.txt brings it).
 """
 
