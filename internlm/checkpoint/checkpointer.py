@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from internlm.checkpoint.commit import Background, Save, commit, open_folder, write_rank
+from internlm.checkpoint.commit import Background, Save, commit, discard, open_folder, text_of, write_rank
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.loading import Loader, rng_file
 from internlm.checkpoint.shards import HostCopy, metadata_of
@@ -24,6 +24,7 @@ logger = get_logger(__name__)
 
 Kind = Literal["normal", "snapshot"]
 RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the slowest rank
+LAST_WORDS = 10.0  # seconds that a failed save has to notice it
 
 
 class Checkpointer:
@@ -58,6 +59,7 @@ class Checkpointer:
         self.should_stop = False
         self.stop_reason: str | None = None  # set with should_stop: "SIGTERM" or "stop file"
         self._background = Background()
+        self._part: Save | None = None  # what the background writes, or wrote last
         self._host_copy = HostCopy()
         self._loader = Loader(config, optimizer, state, self.control, self.storages)
         self._saved: dict[str, int] = {}  # step of the newest checkpoint of this run, per kind
@@ -84,7 +86,7 @@ class Checkpointer:
         mine = [*signals, failed, max(target, 0), max(-target, 0)]
         save, stop, any_failed, stop_at, save_at = self.control.maximum(mine)
         if any_failed:
-            self.wait()
+            self._raise_failures()
         stop_now = 0 < step == stop_at
         if stop or stop_now:
             self.should_stop, self.stop_reason = True, "SIGTERM" if stop else "stop file"
@@ -112,7 +114,7 @@ class Checkpointer:
         waited = time.perf_counter() - start
         step, storage = self.state.step_count, self.storages[kind]
         token = self._begin(storage, step)
-        part = self._collect(kind, storage, token)
+        part = self._part = self._collect(kind, storage, token)
         copied = time.perf_counter() - start
         self._saved[kind] = step
 
@@ -132,12 +134,26 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until the last save is committed. Collective. Raises UserError on all ranks if it failed on any."""
+        if self.control.rank != 0:
+            self._background.wait()
+        self._raise_failures()  # rank 0 hears of them before it waits for files that will never come
         self._background.wait()
-        error, self._background.error = self._background.error, None
-        texts = self.control.gather(None if error is None else f"{type(error).__name__}: {error}")
+        self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        """Ends a save that has failed on any rank so far. Collective. Raises UserError on all ranks."""
+        error = self._background.error
+        texts = self.control.gather(None if error is None else text_of(error))
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
-        if failures:
-            raise UserError("a checkpoint could not be saved:\n" + "\n".join(failures)) from error
+        if not failures:
+            return
+        assert self._part is not None
+        self._part.abandoned.set()
+        self._background.wait(LAST_WORDS)
+        self._background.error = None
+        if self.control.rank == 0:
+            discard(self._part)
+        raise UserError("a checkpoint could not be saved:\n" + "\n".join(failures)) from error
 
     def close(self) -> None:
         """Waits for the last save and gives the signals back. Collective. Raises UserError if the save failed."""

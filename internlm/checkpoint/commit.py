@@ -9,7 +9,8 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class Save:
     texts: dict[str, str]  # JSON files by name
     keep: int | None  # committed checkpoints that stay, this one included; None: all
     spared: frozenset[str]  # folders known to be broken: neither counted nor removed
+    abandoned: threading.Event = field(default_factory=threading.Event)  # set once it is known to have failed
 
     @property
     def folder(self) -> str:
@@ -62,26 +64,29 @@ def open_folder(storage: Storage, step: int, token: str) -> None:
 
 def write_rank(save: Save) -> None:
     """Writes this rank's files. An error is also left for rank 0, which would wait for it in vain."""
-    report: dict[str, object] = {"token": save.token}
     try:
         files: dict[str, FileRecord] = {}
         for name, tensors in save.tensors.items():
             files[name] = write_tensors(save.storage, f"{save.folder}/{name}", tensors, save.metadata)
         for name, text in save.texts.items():
             files[name] = write_bytes(save.storage, f"{save.folder}/{name}", [text.encode()])
-        report["files"] = {name: asdict(record) for name, record in files.items()}
     except Exception as error:
-        report["error"] = f"{type(error).__name__}: {error}"
+        with suppress(Exception):  # where the disk is full there is no room for it: then `Save.abandoned` is set
+            _write_report(save, {"error": text_of(error)})
         raise
-    finally:
-        write_bytes(save.storage, f"{save.folder}/{_report_name(save.rank)}", [json.dumps(report).encode()])
+    _write_report(save, {"files": {name: asdict(record) for name, record in files.items()}})
+
+
+def text_of(error: BaseException) -> str:
+    """An error in one line; those for users speak for themselves."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def commit(save: Save, timeout: float) -> None:
     """Rank 0: waits for all ranks, makes the checkpoint visible, then removes what it replaces.
 
     Raises:
-        UserError: ranks that failed, or that wrote nothing within `timeout` seconds.
+        UserError: ranks that failed, or that wrote nothing within `timeout` seconds; the save was abandoned.
     """
     storage, final = save.storage, str(save.step)
     files = _collect(save, timeout)
@@ -95,8 +100,20 @@ def commit(save: Save, timeout: float) -> None:
     _prune(save)
 
 
+def discard(save: Save) -> None:
+    """Rank 0, after a failure: makes room on the disk again. Object stores keep the parts until the step is repeated."""
+    if save.storage.is_local:
+        with suppress(OSError):  # a rank may still write; the next start removes the rest
+            save.storage.remove(save.folder)
+
+
 def _report_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
+
+
+def _write_report(save: Save, outcome: dict[str, object]) -> None:
+    report = {"token": save.token, **outcome}
+    write_bytes(save.storage, f"{save.folder}/{_report_name(save.rank)}", [json.dumps(report).encode()])
 
 
 def _collect(save: Save, timeout: float) -> dict[str, FileRecord]:
@@ -116,6 +133,8 @@ def _collect(save: Save, timeout: float) -> dict[str, FileRecord]:
             missing.remove(rank)
         if not missing:
             return files
+        if save.abandoned.is_set():
+            raise UserError(f"saving step {save.step} was abandoned")
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, sorted(missing)[:16])) + (", ..." if len(missing) > 16 else "")
             raise UserError(
@@ -192,7 +211,8 @@ class Background:
         self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when the work is done, or after `timeout` seconds."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout)
+            self._thread = None if not self._thread.is_alive() else self._thread

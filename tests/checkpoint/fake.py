@@ -24,9 +24,10 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 class FakeOptimizer:
-    """Stands where `HybridZero` does."""
+    """Stands where `HybridZero` does. Of `ranks` ranks each owns as many elements of every tensor."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES, rank: int = 0, ranks: int = 1) -> None:
+        self.rank, self.ranks = rank, ranks
         self.tensors = {(name, kind): torch.zeros(shape) for name, shape in shapes.items() for kind in KINDS}
         self.num_updates = 0
         self.loaded_kinds: set[str] = set()
@@ -38,15 +39,18 @@ class FakeOptimizer:
         self.num_updates = int(value)
 
     def values(self) -> set[float]:
-        """The smallest and largest number of every tensor."""
-        return {float(x) for tensor in self.tensors.values() for x in tensor.aminmax()}
+        """The smallest and largest number of every piece."""
+        return {float(x) for piece in self.pieces() for x in self._part(piece).aminmax()}
+
+    def _part(self, piece: Piece) -> Tensor:
+        return self.tensors[piece.name, piece.kind][tuple(slice(*span) for span in piece.box)]
 
     def pieces(self) -> list[Piece]:
         pieces = []
         for (name, kind), tensor in self.tensors.items():
-            for box, _, _ in boxes_of_interval(tuple(tensor.shape), 1, tensor.numel()) + boxes_of_interval(
-                tuple(tensor.shape), 0, 1
-            ):
+            shape, size = tuple(tensor.shape), tensor.numel()
+            first, stop = size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks
+            for box, _, _ in boxes_of_interval(shape, first + 1, stop) + boxes_of_interval(shape, first, first + 1):
                 part = tensor[tuple(slice(*span) for span in box)]
                 assert tuple(part.shape) == box_shape(box)
                 pieces.append(Piece(name, kind, tuple(tensor.shape), box, True, partial(self._read, part), part.copy_))
@@ -88,9 +92,10 @@ class FakeRun:
     """A checkpointer with its run; `step()` is one update."""
 
     def __init__(self, folder: Path, config: Config, optimizer: FakeOptimizer | None = None, **options: Any) -> None:
-        self.optimizer = optimizer or FakeOptimizer()
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.optimizer = optimizer or FakeOptimizer(rank=rank, ranks=ranks)
         self.state = TrainState()
-        mesh = build_mesh(ParallelConfig(), World(0, 0, 1, torch.device("cpu")))
+        mesh = build_mesh(ParallelConfig(), World(rank, rank, ranks, torch.device("cpu")))
         self.checkpointer = Checkpointer(config, folder, self.optimizer, self.state, mesh, **options)  # type: ignore[arg-type]
 
     def step(self, updated: bool = True) -> None:
