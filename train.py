@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(dry_run.report(config, world_size))
         return 0
-    run_dir = open_run_dir(config, world)
 
-    with launch(args.launcher, args.port) as world:
+    with open_run_dir(config, world) as run_dir, launch(args.launcher, args.port) as world:
         torch.manual_seed(seed_of(config.seed, f"rank {world.rank}"))
         mesh = build_mesh(config.parallel, world)
         model = build_model(config)

@@ -3,9 +3,18 @@
 import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
-from internlm.checkpoint.commit import Background, Save, commit, discard, open_folder, text_of, write_rank
+from internlm.checkpoint.commit import (
+    Background,
+    Save,
+    commit,
+    discard,
+    open_folder,
+    remove_unfinished,
+    text_of,
+    write_rank,
+)
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.loading import Loader, rng_file
 from internlm.checkpoint.shards import HostCopy, metadata_of
@@ -18,6 +27,7 @@ from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import StepReport
 from internlm.train.state import TrainState
 from internlm.utils.errors import UserError
+from internlm.utils.lock import lock_folder
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -53,9 +63,10 @@ class Checkpointer:
             "snapshot": Storage(config.ckpt.snapshot_ckpt_folder or root.rstrip("/") + "/snapshot"),
         }
         self.control = Control()
+        self._locks: list[IO[bytes]] = []
+        self.stop_file = StopFile(None)
+        self._claim()
         self.signals = Signals()
-        watch = self.control.rank == 0 and config.ckpt.enable_save_ckpt
-        self.stop_file = StopFile(config.ckpt.stop_file_path, watch)
         self.should_stop = False
         self.stop_reason: str | None = None  # set with should_stop: "SIGTERM" or "stop file"
         self._background = Background()
@@ -159,6 +170,33 @@ class Checkpointer:
         """Waits for the last save and gives the signals back. Collective. Raises UserError if the save failed."""
         self.signals.close()
         self.wait()
+        for lock in self._locks:
+            lock.close()
+
+    def _claim(self) -> None:
+        """Makes the files that rules of `ckpt` write this run's own. Collective. Raises UserError on all ranks."""
+        problem, ckpt = None, self.config.ckpt
+        if self.control.rank == 0 and ckpt.enable_save_ckpt:
+            try:
+                self._claim_folder("normal", "ckpt.save_ckpt_folder")
+                if ckpt.oss_snapshot_freq is not None:
+                    self._claim_folder("snapshot", "ckpt.snapshot_ckpt_folder")
+                self.stop_file = StopFile(ckpt.stop_file_path)
+            except UserError as error:
+                problem = str(error)
+        if problem := self.control.from_first(problem):
+            raise UserError(problem)
+
+    def _claim_folder(self, kind: Kind, key: str) -> None:
+        storage = self.storages[kind]
+        if not storage.is_local:  # object stores know no locks
+            return
+        try:
+            storage.make_folder("")
+            self._locks.append(lock_folder(Path(storage.root), key))
+        except OSError as error:
+            raise UserError(f"{key} = {storage.url!r} can't be written: {error}") from error
+        remove_unfinished(storage)
 
     def _begin(self, storage: Storage, step: int) -> str:
         """Makes the folder of a save on rank 0; the token of the save, on all ranks."""

@@ -6,6 +6,7 @@ Object stores can't rename, so there the files go to `{step}` itself and the man
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 _FIRST_POLL, _SLOWEST_POLL = 0.005, 1.0  # seconds
+_UNFINISHED = re.compile(r"\d+(\.replaced-\w+)?\.tmp-\w+")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ def open_folder(storage: Storage, step: int, token: str) -> None:
         storage.remove(f"{folder}/{MANIFEST}")  # first: a half-removed checkpoint must not look like one
         storage.remove(folder)
     storage.make_folder(folder)
+
+
+def remove_unfinished(storage: Storage) -> None:
+    """Removes what killed saves have left on a disk. Only for one who knows that nobody is saving there."""
+    for folder in filter(_UNFINISHED.fullmatch, storage.names() if storage.is_local else []):
+        try:
+            storage.remove(folder)
+        except OSError as error:
+            logger.warning("%s, which was never finished, can't be removed: %s", storage.show(folder), error)
+        else:
+            logger.info("removed %s, which was never finished", storage.show(folder))
 
 
 def write_rank(save: Save) -> None:
@@ -101,7 +114,7 @@ def commit(save: Save, timeout: float) -> None:
 
 
 def discard(save: Save) -> None:
-    """Rank 0, after a failure: makes room on the disk again. Object stores keep the parts until the step is repeated."""
+    """Rank 0, after a failure: makes room on the disk. Object stores keep the parts until the step comes again."""
     if save.storage.is_local:
         with suppress(OSError):  # a rank may still write; the next start removes the rest
             save.storage.remove(save.folder)
@@ -166,7 +179,7 @@ def _rename(storage: Storage, work: str, final: str, token: str) -> None:
 
 
 def _prune(save: Save) -> None:
-    """Removes older checkpoints beyond those to keep, and what killed saves have left."""
+    """Removes older checkpoints beyond those to keep."""
     storage = save.storage
     older = [
         folder
@@ -174,9 +187,6 @@ def _prune(save: Save) -> None:
         if step < save.step and folder not in save.spared and MANIFEST in storage.names(folder)
     ]
     surplus = older[save.keep - 1 :] if save.keep else []
-    for folder in [name for name in storage.names() if ".tmp-" in name and name != save.folder]:
-        storage.remove(folder)
-        logger.info("removed %s, which was never finished", storage.show(folder))
     for folder in surplus:  # half-removed, it must not look like a checkpoint
         if storage.is_local:
             storage.rename_folder(folder, f"{folder}.tmp-removed")

@@ -10,7 +10,14 @@ from internlm.checkpoint.control import Control
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.legacy.folder import is_legacy_folder
 from internlm.checkpoint.legacy.resume import load_legacy, marked_step, newest_legacy_folder
-from internlm.checkpoint.manifest import BrokenCheckpointError, Manifest, check_files, list_checkpoints, read_manifest
+from internlm.checkpoint.manifest import (
+    PLACES,
+    BrokenCheckpointError,
+    Manifest,
+    check_files,
+    list_checkpoints,
+    read_manifest,
+)
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
@@ -154,7 +161,7 @@ class Loader:
         try:
             found = self._verified(storage, folder)
         except BrokenCheckpointError as error:
-            raise UserError(f"ckpt.load_ckpt_info.path: {error}{_hint(storage, folder)}") from error
+            raise UserError(f"ckpt.load_ckpt_info.path: {error}{_hint(info.path.rstrip('/'))}") from error
         self._load(found, info.content)
         logger.info("loaded %s from %s", ", ".join(info.content), found)
 
@@ -239,7 +246,8 @@ def _try_manifest(storage: Storage, folder: str) -> tuple[Manifest | None, list[
         return None, [str(error)]
 
 
-def _hint(storage: Storage, folder: str) -> str:
-    """Where a folder of checkpoints was named instead of one of them."""
-    inside = list_checkpoints(Storage(storage.show(folder)))
-    return f"; it holds checkpoints, name one of them: {', '.join(name for _, name in inside[:8])}" if inside else ""
+def _hint(url: str) -> str:
+    """Where a run's folder or one of checkpoints was named instead of one of them."""
+    found = [(step, place + name) for place in PLACES for step, name in list_checkpoints(Storage(f"{url}/{place}"))]
+    names = [name for _, name in sorted(found, key=lambda item: -item[0])]
+    return f"; it holds checkpoints, name one of them: {', '.join(names[:8])}" if names else ""

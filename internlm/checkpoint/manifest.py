@@ -13,6 +13,7 @@ from internlm.checkpoint.tensor_file import FileRecord, read_header
 MANIFEST = "manifest.json"
 FORMAT = "internlm-checkpoint"
 VERSION = 1
+PLACES = ("", "checkpoints/", "snapshot/", "checkpoints/snapshot/")  # of checkpoints below a run's or their own folder
 _FOLDER = re.compile(r"(\d+)(\.replaced-\w+)?")
 
 

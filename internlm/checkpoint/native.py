@@ -12,6 +12,7 @@ from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.legacy.resume import newest_legacy_folder
 from internlm.checkpoint.manifest import (
     MANIFEST,
+    PLACES,
     BrokenCheckpointError,
     Manifest,
     check_files,
@@ -83,7 +84,7 @@ def _find(url: str) -> tuple[Storage, str, Manifest]:
     if MANIFEST in here.names():
         candidates = [(0, Storage(parent or ("/" if url.startswith("/") else ".")), name)]
     else:
-        roots = [here, *(Storage(f"{url}/{inner}") for inner in ("checkpoints", "snapshot", "checkpoints/snapshot"))]
+        roots = [Storage(f"{url}/{place}") for place in PLACES]
         candidates = [(step, root, folder) for root in roots for step, folder in list_checkpoints(root)]
         candidates.sort(key=lambda item: -item[0])
     if not candidates:

@@ -1,5 +1,6 @@
 """What asks a running job for a checkpoint from outside: signals and the stop file."""
 
+import logging
 import os
 import signal
 import threading
@@ -7,9 +8,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
+
+_LARGEST = 2**63 - 1  # the ranks agree on it as int64
 
 
 class Signals:
@@ -42,12 +46,21 @@ class Signals:
 class StopFile:
     """One integer N, read after every step: N > 0: at step N save and stop; N < 0: at step -N save and go on."""
 
-    def __init__(self, path: str | None, watch: bool) -> None:
-        """Creates the file with 0, whatever was in it. `watch` False: this rank leaves the file to another."""
-        self.path = Path(path) if path and watch else None
-        if self.path is not None:
+    def __init__(self, path: str | None) -> None:
+        """Creates the file with 0, whatever was in it. None: there is none, or another rank looks at it.
+
+        Raises:
+            UserError: the file can't be written.
+        """
+        self.path = Path(path) if path else None
+        self._reached: int | None = None  # the last N whose step has come
+        if self.path is None:
+            return
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("0")
+        except OSError as error:
+            raise UserError(f"ckpt.stop_file_path = {path!r} can't be written: {error}; choose another") from error
 
     def read(self, step: int) -> int:
         """N, or 0 where there is nothing to do now or later."""
@@ -55,12 +68,23 @@ class StopFile:
             return 0
         try:
             number = int(self.path.read_text())
+            if abs(number) > _LARGEST:
+                raise ValueError(f"{number} is beyond 64 bits")
         except (OSError, ValueError) as error:
-            log_once(logger, f"ckpt.stop_file_path {self.path} holds no integer ({error}): ignored", level=30)
+            log_once(
+                logger, f"ckpt.stop_file_path {self.path} holds no integer ({error}): ignored", level=logging.WARNING
+            )
             return 0
-        if number and step <= abs(number):
-            todo = "stop" if number > 0 else "save"
-            log_once(logger, f"{self.path}: training will {todo} at step {abs(number)}; now at step {step}")
+        if step == abs(number):
+            self._reached = number
+        if number == 0 or number == self._reached:
+            return number
+        todo = "stop" if number > 0 else "save"
+        if step < abs(number):
+            log_once(logger, f"{self.path}: training will {todo} at step {abs(number)}")
+        else:
+            message = f"{self.path}: training can't {todo} at step {abs(number)}, which is past: name a later one"
+            log_once(logger, message, level=logging.WARNING)
         return number
 
 

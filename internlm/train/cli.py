@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from internlm.config.schema import Config
 from internlm.core.launch import DEFAULT_PORT, Launcher, World, world_from_env
 from internlm.utils.environment import started_by_slurm
 from internlm.utils.errors import UserError
+from internlm.utils.lock import lock_folder
 from internlm.utils.logger import get_logger, setup_logging
 
 logger = get_logger(__name__)
@@ -126,11 +127,18 @@ def start_logging(arguments: Arguments) -> World:
     return world
 
 
-def open_run_dir(config: Config, world: World) -> Path:
-    """The folder of the run, with train.log and config.json in it; the resolved config is printed once."""
+@contextmanager
+def open_run_dir(config: Config, world: World) -> Iterator[Path]:
+    """The folder of the run, with train.log and config.json in it; the resolved config is printed once.
+
+    No other run can have it at the same time.
+    """
     run_dir = Path(config.run_dir or Path("runs", config.JOB_NAME))
+    lock = None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0:
+            lock = lock_folder(run_dir, "run_dir")
         setup_logging(world.rank, world.size, run_dir / "train.log")
         text = config.model_dump_json(indent=2)
         if world.rank == 0:
@@ -140,4 +148,5 @@ def open_run_dir(config: Config, world: World) -> Path:
             f"run_dir = {str(run_dir)!r} can't be written: {error}; choose another with --run_dir"
         ) from error
     logger.info(f"config of {config.JOB_NAME}, stored in {run_dir / 'config.json'}:\n{text}")
-    return run_dir
+    with lock or nullcontext():
+        yield run_dir

@@ -113,6 +113,6 @@ class FakeRun:
 
 
 def saved(folder: Path) -> list[str]:
-    """Names in a folder of checkpoints, in the order of their steps."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    """Names in a folder of checkpoints, in the order of their steps; without hidden ones."""
+    names = [path.name for path in folder.glob("[!.]*")]
     return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))

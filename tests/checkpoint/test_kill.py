@@ -1,6 +1,7 @@
 """SIGKILL at random moments of saves: the newest checkpoint always loads and is never a mixture.
 
 A warm process forks the victims, so that each costs milliseconds; the files are read back with the safetensors library.
+Every fourth time there are two ranks: one dies, and the other soon after or by the loss of the first.
 """
 
 import json
@@ -14,27 +15,52 @@ from pathlib import Path
 
 import safetensors.numpy
 import torch
+import torch.distributed as dist
 
 from internlm.checkpoint.manifest import check_files, list_checkpoints, read_manifest
 from internlm.checkpoint.storage import Storage
-from tests.checkpoint.fake import FakeOptimizer, FakeRun, make_config, world_of_one
+from tests.checkpoint.fake import FakeOptimizer, FakeRun, make_config
 
 KILLS = 100
 SHAPES = {f"layers.{i}.weight": (256, 256) for i in range(4)}  # 3 MiB a checkpoint
 
 
-def victim(folder: Path, ready: int, parent: int) -> None:
+def victim(folder: Path, ready: int, parent: int, rank: int, ranks: int, store: Path) -> None:
     """Resumes, then saves as fast as it can until it is killed (or its parent is)."""
     torch.set_num_threads(1)
-    with world_of_one():
-        config = make_config(10**9, checkpoint_every=1, keep_last=2, oss_snapshot_freq=3)
-        run = FakeRun(folder, config, FakeOptimizer(SHAPES))
-        run.checkpointer.resume()
-        values = run.optimizer.values()
-        assert values == {float(run.state.step_count)}, values
-        os.write(ready, b"r")
-        while os.getppid() == parent:
-            run.step()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    config = make_config(10**9, checkpoint_every=1, keep_last=2, oss_snapshot_freq=3)
+    run = FakeRun(folder, config, FakeOptimizer(SHAPES, rank, ranks))
+    run.checkpointer.resume()
+    values = run.optimizer.values()
+    assert values == {float(run.state.step_count)}, values
+    os.write(ready, b"r")
+    while os.getppid() == parent:
+        run.step()
+
+
+def kill_once(folder: Path, ranks: int, store: Path, generator: random.Random) -> None:
+    """Forks the ranks of a run and kills them, one after the other in a random order."""
+    reader, writer = os.pipe()
+    parent, children = os.getpid(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                victim(folder, writer, parent, rank, ranks, store)
+            finally:
+                os._exit(1)
+        children.append(child)
+    os.close(writer)
+    for _ in children:
+        assert os.read(reader, 1) == b"r", "the victim could not resume"
+    os.close(reader)
+    generator.shuffle(children)
+    for child, pause in zip(children, (0.1, 0.05), strict=False):
+        time.sleep(generator.uniform(0.0, pause))
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 def newest(folder: Path) -> int:
@@ -57,27 +83,15 @@ def newest(folder: Path) -> int:
 
 
 def main(folder: Path) -> None:
-    """Kills `KILLS` forked victims one after another. Prints how often a save was cut."""
-    generator, step, cut, parent = random.Random(0), 0, 0, os.getpid()
-    for _ in range(KILLS):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                victim(folder, writer, parent)
-            finally:
-                os._exit(1)
-        os.close(writer)
-        started = os.read(reader, 1)
-        os.close(reader)
-        assert started == b"r", "the victim could not resume"
-        time.sleep(generator.uniform(0.0, 0.1))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    """Kills `KILLS` runs one after another. Prints how often a save was cut, by the number of ranks."""
+    generator, step, cut = random.Random(0), 0, {1: 0, 2: 0}
+    for number in range(KILLS):
+        ranks = 2 if number % 4 == 0 else 1
+        kill_once(folder, ranks, folder / f"store{number}", generator)
         now = newest(folder / "checkpoints")
         assert now >= step, (now, step)
         step = now
-        cut += any(".tmp-" in path.name for path in (folder / "checkpoints").iterdir())
+        cut[ranks] += any(".tmp-" in path.name for path in (folder / "checkpoints").iterdir())
     print(json.dumps({"step": step, "cut": cut}))
 
 
@@ -88,7 +102,7 @@ def test_one_hundred_kills(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["cut"] >= KILLS // 4 and result["step"] >= 5, result
+    assert result["cut"]["1"] >= KILLS // 5 and result["cut"]["2"] >= KILLS // 20 and result["step"] >= 5, result
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from internlm.checkpoint import checkpointer as checkpointer_module
 from internlm.checkpoint.commit import write_rank
 from internlm.utils.errors import UserError
 from tests.checkpoint.fake import FakeOptimizer, FakeRun, make_config, saved
+from tests.utils.holder import held
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -121,7 +122,36 @@ def test_nonsense_in_the_stop_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "stop").write_text("soon")
     run.train(2)
     run.checkpointer.close()
-    assert not run.checkpointer.should_stop and not (tmp_path / "checkpoints").exists()
+    assert not run.checkpointer.should_stop and saved(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [("9" * 25, "beyond 64 bits"), ("2", "can't stop at step 2, which is past"), ("-1", "can't save at step 1")],
+)
+def test_numbers_that_no_step_can_have_are_named(
+    number: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(tmp_path, stop_file_path=str(tmp_path / "stop"))
+    run.train(3)
+    (tmp_path / "stop").write_text(number)
+    run.train(3)
+    run.checkpointer.close()
+    assert not run.checkpointer.should_stop and caplog.text.count(message) == 1
+
+
+def test_a_number_that_was_obeyed_is_not_past(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(tmp_path, stop_file_path=str(tmp_path / "stop"))
+    (tmp_path / "stop").write_text("-2")
+    run.train(4)
+    run.checkpointer.close()
+    assert saved(tmp_path / "checkpoints") == ["2"] and "past" not in caplog.text
+
+
+def test_a_stop_file_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"ckpt.stop_file_path = '.*/file/stop' can't be written"):
+        run_of(tmp_path, stop_file_path=str(tmp_path / "file/stop"))
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
@@ -186,9 +216,27 @@ def test_errors_of_the_background_surface_at_the_next_step(tmp_path: Path, monke
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    run = run_of(tmp_path, save_ckpt_folder=str(tmp_path / "file"), total_steps=1)
-    with pytest.raises(UserError, match=r"can't write to .*/file"):
-        run.train(1)
+    with pytest.raises(UserError, match=r"ckpt.save_ckpt_folder = '.*/file' can't be written"):
+        run_of(tmp_path, save_ckpt_folder=str(tmp_path / "file"), total_steps=1)
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> None:
+    for kind, key in (("normal", "save_ckpt_folder"), ("snapshot", "snapshot_ckpt_folder")):
+        live = tmp_path / kind / "4.tmp-0a1b"
+        live.mkdir(parents=True)
+        with held(live.parent) as other:
+            with pytest.raises(UserError, match=rf"ckpt\.{key} = .* is in use by process {other.pid} on "):
+                run_of(tmp_path, oss_snapshot_freq=1, **{key: str(live.parent)})
+            assert live.exists()
+
+
+def test_what_killed_saves_left_makes_room_at_the_start(tmp_path: Path) -> None:
+    """Before anything is written: after the next save would be too late on a full disk."""
+    for name in ("4.tmp-0a1b", "2.tmp-removed", "snapshot/3.tmp-0a1b", "notes.tmp-1"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = run_of(tmp_path, oss_snapshot_freq=9)
+    assert saved(tmp_path / "checkpoints") == ["notes.tmp-1", "snapshot"]  # what isn't ours stays
+    assert saved(tmp_path / "checkpoints/snapshot") == []
     run.checkpointer.close()
 
 
@@ -270,6 +318,18 @@ def test_the_folder_above_is_told_apart(tmp_path: Path) -> None:
     run.checkpointer.close()
     other = run_of(tmp_path / "new", load_ckpt_info={"path": str(tmp_path / "checkpoints")})
     with pytest.raises(UserError, match=r"load_ckpt_info.path: .*manifest.json is missing; .* one of them: 2, 1"):
+        other.checkpointer.resume()
+    other.checkpointer.close()
+
+
+def test_the_folder_of_a_run_is_told_apart(tmp_path: Path) -> None:
+    run = run_of(tmp_path, checkpoint_every=1, oss_snapshot_freq=3)
+    run.train(1)
+    run.checkpointer.save("snapshot")
+    run.checkpointer.close()
+    other = run_of(tmp_path / "new", load_ckpt_info={"path": f"{tmp_path}/"})
+    message = r"manifest.json is missing; .* one of them: checkpoints/1, checkpoints/snapshot/1"
+    with pytest.raises(UserError, match=message):
         other.checkpointer.resume()
     other.checkpointer.close()
 

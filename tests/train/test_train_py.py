@@ -15,6 +15,7 @@ import pytest
 
 import train
 from internlm.train.cli import parse_arguments, user_errors
+from tests.utils.holder import held
 
 CONFIG = """
 JOB_NAME = "tiny"
@@ -170,6 +171,13 @@ def test_dry_run_prints_and_touches_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.py"]
     assert run_main("--config", config_file, "--dry_run", "--world_size", 6, "parallel.zero1.size=4") == 2
     assert "parallel.zero1.size = 4 does not divide" in capsys.readouterr().err
+
+
+def test_two_runs_can_not_share_a_folder(tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(tmp_path) as other:
+        assert run_main("--config", config_file, "--run_dir", tmp_path) == 2
+    assert f"is in use by process {other.pid} on" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "tiny.py"}  # nothing of the first run was touched
 
 
 def test_an_unwritable_run_dir_is_a_user_mistake(
