@@ -157,7 +157,7 @@ def compare(world_size: int, parallel: dict[str, Any], **sections: Any) -> None:
     model = {"num_layers": 4 if "pipeline" in parallel else 2, **sections.get("model", {})}
     config = make_config(parallel, **{**sections, "model": model})
     rows = num_rows(config, world_size)
-    alone = make_config(None, **{**sections, "model": {**model, "checkpoint": False}})
+    alone = make_config(None, **{**sections, "model": {**model, "checkpoint": False, "compile": "auto"}})
     expected = _one_rank(alone.model_dump_json(), rows)
     runs: list[Run] = run_ranks(world_size, train, config, rows)
     seen: set[str] = set()
