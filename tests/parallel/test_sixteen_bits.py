@@ -1,4 +1,4 @@
-"""float16 with its loss scaler, and bfloat16, on every axis: as one rank in fp32 but for the rounding, and an overflow
+"""float16 with its loss scaler, and bfloat16, on every axis: as one rank but for the order of sums, and an overflow
 is skipped once, by all ranks."""
 
 from functools import cache
