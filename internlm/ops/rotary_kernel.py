@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 HEADS = 16  # of a token that one program turns
+# Programs: tokens x groups of heads. Only the first dim of a grid may exceed 65,535.
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def _split(
 
     `num_heads` of qkv: kv_heads * (GROUPS + 2). WIDTH is HALF, rounded up to a power of two.
     """
-    token = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(0) * HEADS + tl.arange(0, HEADS))[:, None]
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, WIDTH)[None, :]
     inside = (head < num_heads) & (pair < HALF)
     group, kind = head // (GROUPS + 2), head % (GROUPS + 2)
@@ -86,6 +87,6 @@ def _launch(
 ) -> None:
     tokens, kv_heads, rows, size = qkv.shape
     num_heads, half = kv_heads * rows, size // 2
-    grid = (triton.cdiv(num_heads, HEADS), tokens)
+    grid = (tokens, triton.cdiv(num_heads, HEADS))
     width = triton.next_power_of_2(half)
     _split[grid](qkv, q, k, v, cos, sin, num_heads, rows - 2, half, width, interleaved, back, HEADS)

@@ -47,6 +47,34 @@ def test_kernels_interpreted_agree_with_autograd():
     assert done.returncode == 0, done.stderr
 
 
+class Recorder:
+    """Stands in for a kernel, and keeps the grids that it is started with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *arguments: None
+
+
+def test_long_rows_fit_the_grid(monkeypatch):
+    """A GPU takes at most 65,535 programs in all dims but the first."""
+    pytest.importorskip("triton")
+    from internlm.ops import rotary_kernel, swiglu_kernel
+
+    kernels, tokens = Recorder(), 70_000
+    for module, name in ((swiglu_kernel, "_forward"), (swiglu_kernel, "_backward"), (rotary_kernel, "_split")):
+        monkeypatch.setattr(module, name, kernels)
+    swiglu_kernel.forward(torch.empty(tokens, 2, 1))
+    swiglu_kernel.backward(torch.empty(tokens, 2, 1), torch.empty(tokens, 1))
+    tables = torch.empty(tokens, 1), torch.empty(tokens, 1), False
+    q, k, v = rotary_kernel.forward(torch.empty(tokens, 1, 3, 2), *tables)
+    rotary_kernel.backward(q, k, v, *tables)
+    assert len(kernels.grids) == 4
+    assert all(max(grid[1:]) <= 65_535 for grid in kernels.grids), kernels.grids
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("check", [check_swiglu, check_rotary])
 def test_kernels_agree_with_autograd_on_the_gpu(check):
