@@ -56,7 +56,10 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     max_length = given.max_length or config.max_position_embeddings
     stops = _stop_ids(given.path, config.vocab_size) if isinstance(reader, HFReader) else ()
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
-    return run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
+    results = run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
+    if results is None:
+        raise UserError("the first process of a node alone has the scores: start this without torchrun")
+    return results
 
 
 def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:

@@ -215,9 +215,10 @@ def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
     return manager
 
 
-def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any]:
+def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any] | None:
     """The harness's results of `tasks`, known to `manager` (see `open_tasks`).
 
+    Under torchrun the harness has results on the first process of a node alone: None on the others.
     `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit. Raises UserError.
     """
     return _lm_eval().simple_evaluate(

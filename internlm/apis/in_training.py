@@ -76,15 +76,15 @@ class _Exam:
         return tuple(map(Answer, self.asked.prompts, texts))
 
     def _scores(self) -> dict[str, float]:
-        """By TASK_MEASURE."""
+        """By TASK_MEASURE; on rank 0, whose monitor writes them, and maybe on others."""
         asked = self.asked
         if self.tasks is None:
             return {}
         settings = {"limit": asked.limit, "bootstrap_iters": 0, **_LEAVE_SEEDS}
-        results = run_tasks(self.scorer, asked.tasks, self.tasks, **settings)["results"]
+        results = run_tasks(self.scorer, asked.tasks, self.tasks, **settings) or {"results": {}}
         return {
             f"{task}_{name.removesuffix(',none')}": value
-            for task, scores in results.items()
+            for task, scores in results["results"].items()
             for name, value in scores.items()
             if isinstance(value, float) and "_stderr" not in name
         }

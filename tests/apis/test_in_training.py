@@ -107,6 +107,13 @@ def test_questions_to_a_chat_are_written_by_its_template(tmp_path: Path) -> None
     assert found == by_transformers(folder, [tokenizer.encode(text) for text in texts], stop)
 
 
+def train_under_torchrun(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, list[Any]]:
+    """With the variable by which the harness knows who is to have results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank))
+        return train(rank, world_size, config, folder)
+
+
 def test_tasks_are_scored_as_on_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"q": f"{n} and", "right": n % 2, "choices": ["zero", "one"]} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,11 +123,12 @@ def test_tasks_are_scored_as_on_the_checkpoint(tmp_path: Path, capsys: pytest.Ca
         'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
     )
     asked = {"every": STEPS, "prompts": (), "tasks": ("mine",), "include_path": str(tmp_path)}
-    seen = run_ranks(2, train, config_of((2, 2, 2), 2, evaluation=asked), tmp_path / "run")
+    config = config_of((2, 2, 2), 2, evaluation=asked)
+    seen = run_ranks(2, train_under_torchrun, config, tmp_path / "run")
     command = [str(tmp_path / "run"), "--tasks", "mine", "--include_path", str(tmp_path), "--device", "cpu"]
     assert evaluate.main([*command, "--output", str(tmp_path / "scores.json")]) == 0
     expected = json.loads((tmp_path / "scores.json").read_text())["results"]["mine"]["acc,none"]
-    assert [one["scores"] for one in seen] == [[("mine_acc", expected)]] * 2
+    assert [one["scores"] for one in seen] == [[("mine_acc", expected)], []]
 
 
 def test_answers_and_scores_are_written(tmp_path: Path) -> None:
