@@ -14,7 +14,7 @@ from typing import Literal
 
 from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
-from internlm.checkpoint.native import NativeReader, open_checkpoint
+from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
 from internlm.data.chat_template import BUILT_IN, find_template
 from internlm.utils.errors import UserError
@@ -63,8 +63,15 @@ def convert(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
+    if is_hf_folder(arguments.src_folder):
+        raise UserError(
+            f"{arguments.src_folder} is a Hugging Face folder already; for another layout or dtype make a checkpoint "
+            "of it first (tools/convert_from_hf.py)"
+        )
     reader = open_checkpoint(arguments.src_folder, mlp=VERSIONS.get(arguments.version))
     config = reader.config
+    if arguments.version is not None and isinstance(reader, NativeReader):
+        raise UserError("--version tells how 2023 named its tensors; this checkpoint is ours, omit it")
     if arguments.adapter:
         if not isinstance(reader, NativeReader):
             raise UserError("--adapter: checkpoints of 2023 hold no adapters")
@@ -81,6 +88,8 @@ def convert(arguments: argparse.Namespace) -> None:
     if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
         tokenizer = config.data.tokenizer_path
         logger.info(f"tokenizer of the run: {tokenizer}")
+    if template is not None and tokenizer is None:
+        raise UserError("--chat_template goes into the tokenizer's files: give the tokenizer with --tokenizer")
     export_hf(
         reader.read,
         config,
@@ -101,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         convert(parse_arguments(arguments))
     except UserError as error:
         print(f"convert2hf: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"convert2hf: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

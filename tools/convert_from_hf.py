@@ -43,6 +43,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def open_source(folder: str, top_k: int | None) -> tuple[dict[str, Any], str, Callable[[str], Tensor]]:
     """The model section, the preset's name, and what reads a parameter. Raises UserError."""
     if is_hf_folder(folder):
+        if top_k is not None:
+            raise UserError(f"--top_k is for sources of 2023; {folder} says in its config.json how many it is")
         reader = HFReader(folder)
         return reader.config_model(), reader.model_type, reader.read
     checkpoint = open_checkpoint(folder, top_k=top_k)
@@ -58,11 +60,16 @@ def convert(arguments: argparse.Namespace) -> str:
         raise UserError(f"--tp_size {arguments.tp_size} must be positive")
     if arguments.format == "native" and arguments.tp_size is not None:
         raise UserError("--tp_size belongs to --format 2023; a checkpoint of ours loads on any number of ranks")
+    is_2023 = arguments.format == "2023" or arguments.tp_size is not None
+    if not is_2023 and (arguments.embed_split or arguments.family):
+        raise UserError("--embed_split and --family belong to --format 2023; a checkpoint of ours has one layout")
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k} must be positive")
     section, model_type, read = open_source(arguments.src, arguments.top_k)
     if dtype != "auto":
         section["dtype"] = f"torch.{dtype}"
     model = ModelConfig(**{**PRESETS[model_type], **section})
-    if arguments.format == "2023" or arguments.tp_size is not None:
+    if is_2023:
         mlp = "old" if arguments.version == 1 else "new"
         write_legacy(read, model, arguments.tgt, arguments.family, mlp, arguments.tp_size or 1, arguments.embed_split)
         return arguments.tgt
@@ -79,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = convert(parse_arguments(arguments))
     except UserError as error:
         print(f"convert_from_hf: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"convert_from_hf: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(f"train on it with ckpt.load_ckpt_info.path={path}")
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.hf_config import check_same, config_json, model_section, preset_of
+from internlm.checkpoint.hf_config import check_same, config_json, model_of, model_section, preset_of
 from internlm.checkpoint.hf_names import (
     Entry,
     check_layout,
@@ -26,6 +26,7 @@ from internlm.checkpoint.hf_names import (
     to_interleaved,
 )
 from internlm.checkpoint.hf_remote_code import write_remote_code
+from internlm.checkpoint.hf_target import INDEX, prepare_folder
 from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
@@ -38,7 +39,6 @@ logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_INDEX = "model.safetensors.index.json"
 
 
 def parse_size(text: str) -> int:
@@ -77,7 +77,7 @@ def export_hf(
         dtype = model.dtype.removeprefix("torch.").replace("tf32", "float32")
     limit = parse_size(max_shard)
     source = None if tokenizer is None else open_tokenizer(tokenizer, model.vocab_size)
-    _prepare_folder(folder, force)
+    prepare_folder(folder, force)
 
     shapes = native_shapes(model)
     # Normalised rows serve as head only: the embedding keeps its own values.
@@ -125,17 +125,6 @@ class _Native:
         return to_half_split(name, value) if self.model.qk_interleaved else value
 
 
-def _prepare_folder(folder: Path, force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"target {folder} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not force:
-            raise UserError(f"target folder {folder} is not empty; give another one, or --force to replace an export")
-        for old in ("config.json", _INDEX, *(file.name for file in folder.glob("model*.safetensors"))):
-            (folder / old).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def _write_weights(folder: Path, tensors: list[Entry], native: _Native, dtype: str, limit: int) -> None:
     """One file, or several of at most `limit` bytes each (a larger tensor gets one of its own) and their index."""
     width = DTYPES[dtype].itemsize
@@ -158,7 +147,7 @@ def _write_weights(folder: Path, tensors: list[Entry], native: _Native, dtype: s
         numel = sum(math.prod(entry.shape) for entry in tensors)
         weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         metadata = {"total_parameters": numel, "total_size": numel * width}
-        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, dtype: str) -> None:
@@ -210,7 +199,7 @@ class HFReader:
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._files = self._tensor_files()
         self._entries: dict[str, list[Entry]] = {}
-        self._shapes = native_shapes(ModelConfig(**self._section))
+        self._shapes = native_shapes(model_of(self._section, file))
         for entry in entries(self._hf["model_type"], self._shapes):
             self._entries.setdefault(entry.native, []).append(entry)
         self._check_names()
@@ -245,7 +234,7 @@ class HFReader:
         stored = self._header(path).get(entry.name)
         file = self._storage.show(path)
         if stored is None:
-            raise UserError(f"{file} lacks {entry.name}, which {_INDEX} promises")
+            raise UserError(f"{file} lacks {entry.name}, which {INDEX} promises")
         if stored.shape != entry.shape:
             raise UserError(
                 f"{file}: {entry.name} is {list(stored.shape)}, by config.json it should be {list(entry.shape)}"
@@ -262,7 +251,7 @@ class HFReader:
             try:
                 self._headers[path], _ = read_header(self._storage, path)
             except FileNotFoundError as error:
-                raise UserError(f"{file} is missing; {_INDEX} names it") from error
+                raise UserError(f"{file} is missing; {INDEX} names it") from error
             except (ValueError, KeyError) as error:  # no header, or a dtype that we don't know
                 raise UserError(f"{file} is damaged or no safetensors file we can read: {error}") from error
         return self._headers[path]
@@ -270,8 +259,13 @@ class HFReader:
     def _tensor_files(self) -> dict[str, str]:
         """The file of each tensor."""
         names = self._storage.names()
-        if _INDEX in names:
-            return self._read_json(_INDEX)["weight_map"]
+        if INDEX in names:
+            files = self._read_json(INDEX).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise UserError(f"{self._storage.show(INDEX)} has no weight_map of tensors and files; fetch it again")
+            if outside := [file for file in files.values() if file != Path(file).name]:
+                raise UserError(f"{self._storage.show(INDEX)} names {outside[0]}, which is not in the folder")
+            return files
         if "model.safetensors" in names:
             return dict.fromkeys(self._header("model.safetensors"), "model.safetensors")
         if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
@@ -279,7 +273,7 @@ class HFReader:
                 f"{self.folder} holds pickled weights, which can run code when they are read and are refused: "
                 "convert them with transformers (from_pretrained, then save_pretrained writes safetensors)"
             )
-        raise UserError(f"{self.folder} holds neither model.safetensors nor {_INDEX}")
+        raise UserError(f"{self.folder} holds neither model.safetensors nor {INDEX}")
 
     def _check_names(self) -> None:
         expected = {entry.name for parts in self._entries.values() for entry in parts}
@@ -294,6 +288,9 @@ class HFReader:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads(self._storage.read(name))
-        except json.JSONDecodeError as error:
+            value = json.loads(self._storage.read(name))
+        except ValueError as error:  # also bytes that are no text
             raise UserError(f"{self._storage.show(name)} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{self._storage.show(name)} holds no JSON object; fetch it again")
+        return value

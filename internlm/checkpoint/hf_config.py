@@ -143,6 +143,9 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     layout = hf.get("model_type")
     if layout not in _CLASSES:
         raise UserError(f"{file}: model_type={layout!r} is not supported; supported are {', '.join(_CLASSES)}")
+    for key in ("rope_parameters", "rope_scaling", "rotary"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise UserError(f"{file}: {key}={hf[key]!r} is no object with a type and its values")
     _refuse_unknown_switches(hf, file)
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in needed if key not in hf]
@@ -151,6 +154,9 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     if layout == "internlm3" and hf.get("bias", False):
         raise UserError(f"{file}: bias=True puts biases on the feed-forward layers, which our Transformer lacks")
     heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise UserError(f"{file}: num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}")
     bias = hf.get("bias", True) if layout in ("internlm", "internlm2") else hf.get("attention_bias", False)
     qkv_bias = {"qwen2": True, "internlm3": hf.get("qkv_bias", False)}.get(layout, bias)
     return {
@@ -158,7 +164,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "hidden_size": hf["hidden_size"],
         "vocab_size": hf["vocab_size"],
         "num_attention_heads": heads,
-        "num_kv_attention_heads": hf.get("num_key_value_heads") or heads,
+        "num_kv_attention_heads": kv_heads,
         # The one family whose default is a number, not the quotient.
         "head_dim": hf.get("head_dim") or (128 if layout == "qwen3" else hf["hidden_size"] // heads),
         "intermediate_size": hf["intermediate_size"],
@@ -172,6 +178,15 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
         **_experts(hf, layout),
     }
+
+
+def model_of(section: dict[str, Any], file: str) -> ModelConfig:
+    """The model that a `model_section` describes; raises UserError naming the values that can't be."""
+    try:
+        return ModelConfig(**section)
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, part['loc']))} = {part['input']!r}: {part['msg']}" for part in error.errors()]
+        raise UserError(f"{file} does not describe a model: {'; '.join(reasons)}") from error
 
 
 def preset_of(hf: dict[str, Any]) -> str:
@@ -219,7 +234,7 @@ def check_same(model: ModelConfig, found: dict[str, Any], file: str) -> None:
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings under the names of transformers 5, from any of the places where they were once kept."""
     rotary = hf.get("rotary") or {}  # InternLM, 2023
-    theta = hf.get("rope_theta", rotary.get("base", 10000.0))
+    theta = hf.get("rope_theta") or rotary.get("base", 10000.0)
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling")
     if not scaling and rotary.get("type") == "dynamic":
         scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}

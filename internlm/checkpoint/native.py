@@ -125,7 +125,7 @@ def is_hf_folder(folder: str | Path) -> bool:
     if "config.json" not in storage.names():
         return False
     try:
-        keys = json.loads(storage.read("config.json")).keys()
+        about = json.loads(storage.read("config.json"))
     except ValueError as error:
         raise UserError(f"{storage.show('config.json')} is not JSON: {error}") from error
-    return "model_type" in keys and "model" not in keys
+    return isinstance(about, dict) and "model_type" in about and "model" not in about

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from internlm.apis.generate import load_model
 from internlm.checkpoint.commit import Save, commit, open_folder, write_rank
+from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.shards import key_of
 from internlm.checkpoint.storage import Storage
 from internlm.model.transformer import Transformer
-from tests.checkpoint.hf_models import tiny_run
+from tests.checkpoint.hf_models import named, tiny_run
 from tests.model.tiny import random_batch
 from tools.convert2hf import main
 
@@ -98,6 +99,11 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytes
         (["--max_pos", "0"], "--max_pos 0"),
         (["--arch", "qwen3"], "use the layout llama"),
         (["--tgt", "."], "not empty"),
+        (["--version", "1"], "this checkpoint is ours"),
+        (["--chat_template", "chatml"], "give the tokenizer with --tokenizer"),
+        (["--tgt", "ckpt/file/hf"], "ckpt/file/hf: Not a directory"),
+        (["--tgt", "ckpt/1", "--force"], "holds manifest.json, which is no export"),
+        (["--tgt", "ckpt", "--force"], "holds 1/manifest.json, which is no export"),
     ],
 )
 def test_mistakes_end_with_code_2_and_a_line(
@@ -109,6 +115,15 @@ def test_mistakes_end_with_code_2_and_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "ckpt", "internlm")
+    (tmp_path / "ckpt" / "file").touch()
     assert main(["--src", "ckpt", "--tgt", "hf", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+    assert (tmp_path / "ckpt" / "1" / "config.json").exists()
+
+
+def test_an_export_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, model = tiny_run("llama2")
+    export_hf(named(model), config, tmp_path)
+    assert main(["--src", str(tmp_path), "--tgt", str(tmp_path / "hf")]) == 2
+    assert "is a Hugging Face folder already" in capsys.readouterr().err

@@ -73,6 +73,10 @@ def test_the_layout_of_2023(generation: old.Generation, options: list[str], tmp_
         (["--format", "native", "--tp_size", "2"], "belongs to --format 2023"),
         (["--tp_size", "1", "--family", "INTERNLM"], "no place for num_kv_attention_heads=2|no place for"),
         (["--dtype", "int8"], "--dtype int8 is not known"),
+        (["--embed_split"], "belong to --format 2023"),
+        (["--top_k", "2"], "--top_k is for sources of 2023"),
+        (["--top_k", "0"], "--top_k 0 must be positive"),
+        (["--tgt", "/dev/null/out"], "/dev/null"),
         (["--src", "nowhere"], "is no checkpoint and holds none"),
     ],
 )

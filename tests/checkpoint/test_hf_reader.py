@@ -163,6 +163,9 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.5}}, "factor Input should be"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"vocab_size": None}, "vocab_size missing"),
+        ({"vocab_size": "67"}, "vocab_size = '67': Input should be a valid integer"),
+        ({"rope_parameters": "llama3"}, "rope_parameters='llama3' is no object"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5 does not divide by num_key_value_heads=2"),
         ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
         ({"num_hidden_layers": 1}, "does not explain: model.layers.1"),
         ({"hidden_size": 32}, r"is \[67, 48\], by config.json it should be \[67, 32\]"),
@@ -239,6 +242,20 @@ def test_a_truncated_shard_is_named(export: Path) -> None:
     last.write_bytes(data[:20])
     with pytest.raises(UserError, match=f"{last.name} is damaged"):
         HFReader(export).read("head.weight")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{}", "has no weight_map"),
+        ("[]", "holds no JSON object"),
+        ('{"weight_map": {"lm_head.weight": "../model.safetensors"}}', "which is not in the folder"),
+    ],
+)
+def test_a_wrong_index_is_named(export: Path, index: str, message: str) -> None:
+    (export / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=message):
+        HFReader(export)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from tests.checkpoint import folders_2023 as old
 from tests.model.tiny import random_batch
 
 MODELS: dict[str, old.Generation] = {
-    "0.1": old.V01,
     "0.1_tp2": old.V01.at(tp=2),
     "0.2_tp2_pp2": old.V02.at(tp=2, pp=2, zero=2),
     "0.2.1_tp4": old.V021.at(tp=4, split_hidden=False),
@@ -127,6 +126,9 @@ def test_square_feed_forwards_are_ambiguous(tmp_path: Path) -> None:
             LegacyReader(tmp_path / name)
         read = LegacyReader(tmp_path / name, mlp=name).read("layers.1.feed_forward.w2.weight")  # type: ignore[arg-type]
         assert torch.equal(read, weights["model.layers.1.mlp.down_proj.weight"].bfloat16())
+    old.write(tmp_path / "told", old.V02, old.random_weights(old.V02))
+    with pytest.raises(UserError, match="by its shapes w3 is the output of the feed-forward layer; omit --version"):
+        LegacyReader(tmp_path / "told", mlp="new")
     generation = old.EVO_INTERNLM2  # whose names never changed
     weights = old.random_weights(generation, ffn=old.HIDDEN)
     old.write(tmp_path / "internlm2", generation, weights)
@@ -168,6 +170,7 @@ def _edit(name: str, change: Any) -> Any:
         (lambda folder: (folder / "model_moe_layer0_expert0_tp0.pt").touch(), "they are of a dense model"),
         (lambda folder: (folder / "model_tp0_wp0_pp0.pt").touch(), "mixes model files"),
         (lambda folder: (folder / "model_tp1_pp1.pt").write_bytes(b"PK"), "can't be read"),
+        (lambda folder: torch.save([1], folder / "model_config.pt"), "holds a list"),
     ],
 )
 def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:

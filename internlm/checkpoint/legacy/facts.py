@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from internlm.checkpoint.legacy.tables import EXPERTS, Family, family_of
+from internlm.checkpoint.legacy.tables import EXPERTS, MLP_NAMES, Family, family_of
 from internlm.utils.errors import UserError
 
 Shape = Callable[[str], tuple[int, ...]]  # of the first rank's part of a tensor
@@ -61,7 +61,7 @@ def detect(
     widths = {name: shape(f"{expert}.{name}.weight") for name in ("w1", "w2", "w3")}
     return Facts(
         family=family,
-        mlp=mlp or _mlp_names(family, widths, hidden, path),
+        mlp=_mlp_names(family, widths, hidden, mlp, path),
         split_hidden=f"{embedding}.weight" in keys,
         num_layers=num_layers,
         hidden_size=hidden,
@@ -74,11 +74,19 @@ def detect(
     )
 
 
-def _mlp_names(family: Family, shapes: dict[str, tuple[int, ...]], hidden: int, path: str) -> Literal["old", "new"]:
+def _mlp_names(
+    family: Family, shapes: dict[str, tuple[int, ...]], hidden: int, mlp: Literal["old", "new"] | None, path: str
+) -> Literal["old", "new"]:
     """The one of w2 and w3 with `hidden` columns is the up projection, beside the gate."""
     is_up = {name: shapes[name][1] == hidden for name in ("w2", "w3")}
     if is_up["w2"] != is_up["w3"]:
-        return "old" if is_up["w2"] else "new"
+        found: Literal["old", "new"] = "old" if is_up["w2"] else "new"
+        if mlp not in (None, found):
+            output = MLP_NAMES[found]["down"]
+            raise UserError(f"{path}: by its shapes {output} is the output of the feed-forward layer; omit --version")
+        return found
+    if mlp is not None:
+        return mlp
     if family == "INTERNLM2_PUBLIC":
         return "new"  # its names never changed
     raise UserError(

@@ -104,8 +104,13 @@ class LegacyFolder:
         return sizes[0], sizes[1], sizes[2]
 
     def read_file(self, name: str) -> Any:
-        """The content of one file of the folder."""
-        return read_pickle(self.storage, f"{self.folder}/{name}" if self.folder else name)
+        """The content of one file of the folder: a dict, but for a plan, which is a list."""
+        content = read_pickle(self.storage, f"{self.folder}/{name}" if self.folder else name)
+        if not isinstance(content, list if name.startswith("gpus-") else dict):
+            raise UserError(
+                f"{self.path}/{name} holds a {type(content).__name__}, which no version of 2023 wrote there"
+            )
+        return content
 
     # -- keys ---------------------------------------------------------------------------------------------------
 
