@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from internlm.apis.chat import ReplyOptions, load_chat
 from internlm.apis.in_training import evaluated
+from internlm.apis.sampling import Sampling
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
 from internlm.config.checks import find_problems
@@ -105,6 +107,10 @@ def test_questions_to_a_chat_are_written_by_its_template(tmp_path: Path) -> None
     stop = tokenizer.id_of("<|im_end|>")
     folder = tmp_path / "checkpoints" / str(STEPS)
     assert found == by_transformers(folder, [tokenizer.encode(text) for text in texts], stop)
+    with load_chat(tmp_path, device="cpu") as chat:  # afterwards, too
+        assert chat.template.name == "chatml"
+        options = ReplyOptions(Sampling(), max_new_tokens=NEW)
+        assert ["".join(chat.reply([Message("user", text)], options)) for text in PROMPTS] == found
 
 
 def train_under_torchrun(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, list[Any]]:

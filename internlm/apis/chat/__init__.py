@@ -20,6 +20,7 @@ from internlm.apis.text_stream import TextStream
 from internlm.apis.tool_calls import parse_tool_calls
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader
+from internlm.data.chat import chat_template as template_of_data
 from internlm.data.chat import prompt_ids
 from internlm.data.chat_template import ChatTemplate, find_template, template_of
 from internlm.data.message import Message, ToolCall
@@ -212,8 +213,9 @@ def load_chat(
     """A chat with the model of a native checkpoint or a Hugging Face folder.
 
     `tokenizer` None: the folder's own, or the one that the run was trained with. `template` is a built-in name, a
-    Jinja file or a Hugging Face folder; None: the folder's own, or that of its model type. `max_length` None: what the
-    model was made for, at most 4096. Raises UserError, for all but damaged tensors before they are read.
+    Jinja file or a Hugging Face folder; None: the folder's own, that of the run's data, or that of its model type.
+    `max_length` None: what the model was made for, at most 4096. Raises UserError, for all but damaged tensors
+    before they are read.
     """
     reader = open_model(folder)
     words = tokenizer_of(reader, folder) if tokenizer is None else open_tokenizer(tokenizer)
@@ -235,6 +237,8 @@ def load_chat(
 def _template(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:
     if isinstance(reader, HFReader):
         return template_of(folder)
+    if reader.config.data.type in ("chat", "preference"):
+        return template_of_data(reader.config.data)
     name = _NATIVE_TEMPLATES.get(reader.config.model_type)
     if name is None:
         raise UserError(f"{folder}: model_type {reader.config.model_type} has no chat template of its own; name one")
