@@ -11,6 +11,7 @@ import torch
 
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.checkpoint.checks import check_files
 from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import check
 from internlm.config.loader import load_config
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides, **args.top_level)
     world_size = args.world_size if args.dry_run and args.world_size else world.size
     check(config, world_size)
+    check_files(config, world, world_size)
     if args.dry_run:
         print(dry_run.report(config, world_size))
         return 0

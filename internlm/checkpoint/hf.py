@@ -265,6 +265,8 @@ class HFReader:
                 raise UserError(f"{self._storage.show(INDEX)} has no weight_map of tensors and files; fetch it again")
             if outside := [file for file in files.values() if file != Path(file).name]:
                 raise UserError(f"{self._storage.show(INDEX)} names {outside[0]}, which is not in the folder")
+            if missing := sorted(set(files.values()) - set(names)):
+                raise UserError(f"{self._storage.show(missing[0])} is missing; {INDEX} names it")
             return files
         if "model.safetensors" in names:
             return dict.fromkeys(self._header("model.safetensors"), "model.safetensors")

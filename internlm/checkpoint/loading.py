@@ -150,8 +150,7 @@ class Loader:
 
     def _load_named(self, info: LoadConfig) -> None:
         """Loads the checkpoint that `ckpt.load_ckpt_info` names."""
-        parent, _, folder = info.path.rstrip("/").rpartition("/")
-        storage = Storage(parent or ("/" if info.path.startswith("/") else "."))
+        storage, folder = place_of(info.path)
         if "optimizer" in info.content and "model" not in info.content:
             raise UserError('ckpt.load_ckpt_info.content: "optimizer" needs "model": masters and parameters are one')
         legacy = newest_legacy_folder(info.path) if self.control.rank == 0 else None
@@ -161,7 +160,7 @@ class Loader:
         try:
             found = self._verified(storage, folder)
         except BrokenCheckpointError as error:
-            raise UserError(f"ckpt.load_ckpt_info.path: {error}{_hint(info.path.rstrip('/'))}") from error
+            raise refusal(storage.show(folder), str(error)) from error
         self._load(found, info.content)
         logger.info("loaded %s from %s", ", ".join(info.content), found)
 
@@ -246,8 +245,15 @@ def _try_manifest(storage: Storage, folder: str) -> tuple[Manifest | None, list[
         return None, [str(error)]
 
 
-def _hint(url: str) -> str:
-    """Where a run's folder or one of checkpoints was named instead of one of them."""
+def place_of(path: str) -> tuple[Storage, str]:
+    """The folder above a checkpoint, and its name there."""
+    parent, _, folder = path.rstrip("/").rpartition("/")
+    return Storage(parent or ("/" if path.startswith("/") else ".")), folder
+
+
+def refusal(url: str, reason: str) -> UserError:
+    """That `ckpt.load_ckpt_info.path` names no whole checkpoint, but perhaps a run's folder or one of checkpoints."""
     found = [(step, place + name) for place in PLACES for step, name in list_checkpoints(Storage(f"{url}/{place}"))]
     names = [name for _, name in sorted(found, key=lambda item: -item[0])]
-    return f"; it holds checkpoints, name one of them: {', '.join(names[:8])}" if names else ""
+    hint = f"; it holds checkpoints, name one of them: {', '.join(names[:8])}" if names else ""
+    return UserError(f"ckpt.load_ckpt_info.path: {reason}{hint}")

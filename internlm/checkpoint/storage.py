@@ -12,13 +12,21 @@ from typing import IO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from internlm.utils.errors import UserError
+
 
 class Storage:
-    """A root folder. Paths are relative to it, with forward slashes. Safe to use from several threads."""
+    """A root folder. Paths are relative to it, with forward slashes. Safe to use from several threads.
 
-    def __init__(self, url: str) -> None:
+    Raises UserError for a URL that nothing installed can reach; `key` is what the user calls it in the config.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
-        self.fs, root = fsspec.core.url_to_fs(url)
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:  # an unknown protocol; a package for it that is missing
+            raise UserError(f"{key} = {url!r}: {error}" if key else f"{url}: {error}") from error
         self.root = root.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
 

@@ -142,6 +142,8 @@ def read_meta(path: str) -> tuple[Int64s, Int64s]:
             meta = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{meta_path}: not a numpy array file ({error}); write it again.") from error
+    if not isinstance(meta, np.ndarray):  # an .npz under another name
+        raise UserError(f"{meta_path}: holds several arrays, expected one (numpy.save, not savez); write it again.")
     if meta.size == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     if meta.ndim != 2 or meta.shape[1] < 2 or meta.dtype.kind not in "iu":

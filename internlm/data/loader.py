@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, DataConfig
 from internlm.data.fitting import FittedFile, PairedFile, UnpackedFile
 from internlm.data.formats import SampleFile
 from internlm.data.mixture import MixtureOrder
@@ -89,11 +89,14 @@ class TrainRows:
             pack(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
         ]
         self.ends = list(accumulate(len(file) for file in self.files))
-        num_samples = sum(len(file) for file in sources.files)
+        self.row_length = options.row_length
+
+    def __str__(self) -> str:
+        num_samples = sum(len(file.file) for file in self.files)
         num_tokens = sum(file.num_tokens for file in self.files)
-        logger.info(
-            "training data: %d files, %d samples, %d tokens -> %d rows of %d tokens",
-            *(len(self.files), num_samples, num_tokens, len(self), options.row_length),
+        return (
+            f"{len(self.files)} files, {num_samples} samples, {num_tokens} tokens -> {len(self)} rows of "
+            f"{self.row_length} tokens"
         )
 
     def __len__(self) -> int:
@@ -187,6 +190,13 @@ def _read(loader: DataLoader) -> Iterator[_Rows | None]:
         yield rows
 
 
+def order_of(data: DataConfig, rows: TrainRows, sizes: BatchSizes) -> Order:
+    """Which rows make up a batch. Raises UserError for fewer rows than a batch takes, or a mixture of other sources."""
+    if data.mixture:
+        return MixtureOrder(rows.by_source(), data.mixture, sizes, data.seed)
+    return EpochOrder(len(rows), sizes, data.seed)
+
+
 class TrainLoader:
     """The batches of a run from `start_batch` to `total_steps`, as one data rank reads them."""
 
@@ -198,12 +208,9 @@ class TrainLoader:
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
         self.skipped = SkippedBatches.parse(data.skip_batches)
         rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
+        logger.info("training data: %s", rows)
         self.type_names = rows.type_names
-        self.order: Order = (
-            MixtureOrder(rows.by_source(), data.mixture, self.sizes, data.seed)
-            if data.mixture
-            else EpochOrder(len(rows), self.sizes, data.seed)
-        )
+        self.order = order_of(data, rows, self.sizes)
         self._loader = _torch_loader(self, rows, data.num_worker)
 
     def seek(self, batch: int) -> None:
@@ -235,6 +242,7 @@ class ValidLoader:
         self.name = name
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.rows = WholeSamples(files, options)
+        logger.info("validation set %s: %d samples in %d rows", name, self.rows.num_samples, len(self.rows))
         self._loader = _torch_loader(self, self.rows, num_workers=0)
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
 """The error that says: the user can mend this."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -9,6 +10,17 @@ class UserError(Exception):
 
     `train.py` and the tools print it without a traceback and exit with code 2.
     """
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """A user's mistake, or a file that can't be read, ends the body of the `with` and becomes one of `problems`."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{error.filename}: can't be read ({error.strerror or error})")
 
 
 def exit_code(run: Callable[[], object]) -> int:

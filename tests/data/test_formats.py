@@ -1,7 +1,10 @@
 """Readers against files written from the format descriptions; damaged files are refused by name."""
 
+import errno
+import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +211,42 @@ def test_missing_folders(tmp_path: Path) -> None:
         (tmp_path / key).mkdir()
         with pytest.raises(UserError, match=rf"{key}.*no \.bin file"):
             open_(make_config(**{key: str(tmp_path / key)}).data, 512)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may list any folder, so the system call is made to fail."""
+    write_bin(tmp_path / "en/a.bin", [[1] * 4])
+    write_bin(tmp_path / "en/shut/b.bin", [[2] * 4])
+    listing = os.scandir
+
+    def refusing(folder: str) -> Any:
+        if Path(folder).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"en/shut: .* can't be listed \(Permission denied\)"):
+        open_train(make_config(train_folder=str(tmp_path)).data, 512)
+
+
+def test_all_damaged_files_are_told_at_once(tmp_path: Path) -> None:
+    for number in range(14):
+        write_bin(tmp_path / f"{number:02}.bin", [[1] * 60])
+    (tmp_path / "03.bin.meta").unlink()
+    with (tmp_path / "05.bin.meta").open("wb") as file:
+        np.savez(file, [[0, 60]])
+    with (tmp_path / "07.bin").open("r+b") as file:
+        file.truncate(5)
+    for open_, key in ((open_train, "train_folder"), (open_valid, "valid_folder")):
+        with pytest.raises(UserError) as caught:
+            open_(make_config(**{key: str(tmp_path)}).data, 512)
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 3 and "03.bin.meta: no such file" in lines[0] and "07.bin" in lines[2]
+        assert "05.bin.meta: holds several arrays" in lines[1]
+    for meta in tmp_path.glob("*.meta"):
+        meta.unlink()
+    with pytest.raises(UserError, match="the other 4 files were not looked at"):
+        open_train(make_config(train_folder=str(tmp_path)).data, 512)
 
 
 def test_validation_sets_are_folders_by_base_name(tmp_path: Path) -> None:

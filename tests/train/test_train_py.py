@@ -15,6 +15,7 @@ import pytest
 
 import train
 from internlm.train.cli import parse_arguments, user_errors
+from tests.data.helpers import write_bin
 from tests.utils.holder import held
 
 CONFIG = """
@@ -111,6 +112,41 @@ def test_a_bad_config_ends_with_code_2_and_one_screen(
     assert "model.num_layer" in error and "did you mean model.num_layers" in error and "data.seq_len" in error
     assert "Traceback" not in error and len(error.splitlines()) < 24
     assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train/a.bin", "train/b.bin", "valid/c.bin"):
+        write_bin(tmp_path / name, [[1] * 60])
+    (tmp_path / "train/a.bin.meta").unlink()
+    with (tmp_path / "valid/c.bin").open("r+b") as file:
+        file.truncate(30)
+    (tmp_path / "tokenizer.model").write_bytes(b"not one")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tiny.py").write_text(
+        f"""
+model = dict(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=64)
+data = dict(train_folder="{tmp_path}/train", valid_folder="{tmp_path}/valid", seq_len=16, total_steps=2)
+data["tokenizer_path"] = "{tmp_path}/tokenizer.model"
+evaluation = dict(every=1, prompts=["x"])
+ckpt = dict(save_ckpt_folder="foo://b/x", load_ckpt_info=dict(path="{tmp_path}/empty"))
+"""
+    )
+    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("launched"))
+    expected = [
+        "5 problems",
+        "train/a.bin.meta: no such file",
+        "valid/c.bin, line 1 (byte 0): not a JSON object",
+        "tokenizer.model: not a sentencepiece model",
+        "ckpt.save_ckpt_folder = 'foo://b/x': Protocol not known: foo",
+        f"ckpt.load_ckpt_info.path: {tmp_path}/empty: manifest.json is missing",
+    ]
+    for arguments in ((), ("--dry_run", "--world_size", 2)):
+        code = run_main("--config", tmp_path / "tiny.py", "--run_dir", tmp_path / "run", *arguments)
+        told = capsys.readouterr().err
+        assert code == 2 and [line for line in expected if line not in told] == []
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root: Path) -> None:
