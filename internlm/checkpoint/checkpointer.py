@@ -26,7 +26,7 @@ from internlm.core.random import rng_state
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import StepReport
 from internlm.train.state import TrainState
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, writing
 from internlm.utils.lock import lock_folder
 from internlm.utils.logger import get_logger
 
@@ -191,11 +191,9 @@ class Checkpointer:
         storage = self.storages[kind]
         if not storage.is_local:  # object stores know no locks
             return
-        try:
+        with writing(f"{key} = {storage.url!r}"):
             storage.make_folder("")
             self._locks.append(lock_folder(Path(storage.root), key))
-        except OSError as error:
-            raise UserError(f"{key} = {storage.url!r} can't be written: {error}") from error
         remove_unfinished(storage)
 
     def _begin(self, storage: Storage, step: int) -> str:

@@ -26,13 +26,13 @@ from internlm.checkpoint.hf_names import (
     to_interleaved,
 )
 from internlm.checkpoint.hf_remote_code import write_remote_code
-from internlm.checkpoint.hf_target import INDEX, prepare_folder
-from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
+from internlm.checkpoint.hf_target import INDEX, prepare_folder, write_json
+from internlm.checkpoint.hf_tokenizer import check_export, open_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat_template import ChatTemplate
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -66,7 +66,7 @@ def export_hf(
     `arch`: a layout of `hf_names`, None for the one that transformers loads without remote code. `dtype`: "float32",
     "float16", "bfloat16", or "auto" for the model's own. `tokenizer`: a sentencepiece model or a Hugging Face folder.
     `template`: a chat template for the tokenizer.
-    Raises UserError before anything is written, except where a value does not fit into float16.
+    Raises UserError before anything is written, except where a value does not fit into float16 or the disk is full.
     """
     folder, model = Path(folder).expanduser(), config.model
     layout = arch or default_layout(model)
@@ -77,6 +77,8 @@ def export_hf(
         dtype = model.dtype.removeprefix("torch.").replace("tf32", "float32")
     limit = parse_size(max_shard)
     source = None if tokenizer is None else open_tokenizer(tokenizer, model.vocab_size)
+    if source is not None:
+        check_export(source, folder)
     prepare_folder(folder, force)
 
     shapes = native_shapes(model)
@@ -89,7 +91,8 @@ def export_hf(
     generation_ids = special_ids
     if source is not None:
         special_ids = source.special_ids
-        generation_ids = write_tokenizer(source, folder, model.max_position_embeddings, template)
+        with writing(f"the tokenizer in {folder}"):
+            generation_ids = write_tokenizer(source, folder, model.max_position_embeddings, template)
         if layout == "qwen2" and not source.is_folder:
             logger.warning(
                 "AutoTokenizer of transformers takes its own Qwen2Tokenizer for every qwen2 folder, which splits "
@@ -97,9 +100,9 @@ def export_hf(
             )
     else:
         logger.warning(f"{folder} gets no tokenizer files, since no tokenizer was given")
-    _write_json(folder / "generation_config.json", {key: i for key, i in generation_ids.items() if i is not None})
+    write_json(folder / "generation_config.json", {key: i for key, i in generation_ids.items() if i is not None})
     write_remote_code(layout, folder)
-    _write_json(folder / "config.json", config_json(layout, model, dtype, tied, special_ids))
+    write_json(folder / "config.json", config_json(layout, model, dtype, tied, special_ids))
     logger.info(f"exported {folder} as {layout} in {dtype}")
 
 
@@ -147,7 +150,7 @@ def _write_weights(folder: Path, tensors: list[Entry], native: _Native, dtype: s
         numel = sum(math.prod(entry.shape) for entry in tensors)
         weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         metadata = {"total_parameters": numel, "total_size": numel * width}
-        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, dtype: str) -> None:
@@ -170,10 +173,6 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} holds {value.float().abs().max():.6g}, float16 ends at 65504: export with --dtype bfloat16"
         )
     return cast
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class HFReader:

@@ -7,18 +7,22 @@ import shutil
 from pathlib import Path
 
 from internlm.checkpoint.hf_names import REMOTE_CODE
+from internlm.utils.errors import writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
 _CODE = Path(__file__).parent / "remote_code"
+REMOTE_CODE_FILES = tuple(source.name.removesuffix(".in") for source in _CODE.glob("*.py.in"))
 
 
 def write_remote_code(layout: str, folder: Path) -> None:
     """The classes of a layout that transformers lacks, where we have them."""
     sources = sorted(_CODE.glob(f"*_{layout}.py.in"))
     for source in sources:
-        shutil.copyfile(source, folder / source.name.removesuffix(".in"))
+        target = folder / source.name.removesuffix(".in")
+        with writing(str(target)):
+            shutil.copyfile(source, target)
     if layout in REMOTE_CODE and not sources:
         logger.warning(
             f"transformers has no class for the layout {layout}: loading {folder} needs the published "

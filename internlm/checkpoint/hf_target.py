@@ -1,14 +1,24 @@
 """The folder that an export goes to."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
-from internlm.utils.errors import UserError
+from internlm.checkpoint.hf_remote_code import REMOTE_CODE_FILES
+from internlm.checkpoint.hf_tokenizer import TOKENIZER_FILES
+from internlm.checkpoint.peft import ADAPTER_FILES
+from internlm.utils.errors import UserError, writing
 
 INDEX = "model.safetensors.index.json"
+_WEIGHTS_AND_CONFIG = re.compile(r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 
 
 def prepare_folder(folder: Path, force: bool) -> None:
-    """Makes `folder`, and with `force` clears it of an earlier export. Raises UserError for any other content."""
+    """Makes `folder`, and with `force` removes every file that an export can write, and nothing else.
+
+    Raises UserError for a folder that is not empty, with `force` for one of a checkpoint or a run.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"target {folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()):
@@ -16,9 +26,17 @@ def prepare_folder(folder: Path, force: bool) -> None:
             raise UserError(f"target folder {folder} is not empty; give another one, or --force to replace an export")
         if other := _other_than_export(folder):
             raise UserError(f"target folder {folder} holds {other}, which is no export and stays; give another folder")
-        for old in ("config.json", INDEX, *(file.name for file in folder.glob("model*.safetensors"))):
-            (folder / old).unlink(missing_ok=True)
+        others = {*TOKENIZER_FILES, *REMOTE_CODE_FILES, *ADAPTER_FILES}
+        for file in folder.iterdir():  # what is left would be loaded with the new export
+            if _WEIGHTS_AND_CONFIG.fullmatch(file.name) or file.name in others:
+                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file of an export. Raises UserError where it can't be written."""
+    with writing(str(file)):
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _other_than_export(folder: Path) -> str | None:

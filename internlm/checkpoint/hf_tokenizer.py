@@ -24,7 +24,7 @@ from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
-_COPIED = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -74,6 +74,15 @@ def open_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
     return source
 
 
+def check_export(source: TokenizerSource, folder: Path) -> None:
+    """Raises UserError where `source` could not be written into `folder`, in time: nothing has been written yet."""
+    path = source.path.resolve()
+    if folder.resolve() in (path, path.parent):
+        raise UserError(f"tokenizer {source.path} lies in the target folder {folder}: move it to another place")
+    if not source.is_folder:
+        _proto(SentencePieceProcessor(model_file=str(source.path)))
+
+
 def write_tokenizer(
     source: TokenizerSource, folder: Path, max_length: int, template: ChatTemplate | None = None
 ) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def _with_stops(special_ids: dict[str, Any], folder: Path, template: ChatTemplat
 
 def _write_files(source: TokenizerSource, folder: Path, max_length: int, template: ChatTemplate | None) -> None:
     if source.is_folder:
-        for name in _COPIED:
+        for name in TOKENIZER_FILES:
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, folder / name)
         return
@@ -176,18 +185,28 @@ def _open_folder(path: Path) -> TokenizerSource:
     )
 
 
-def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed: dict[str, str]) -> None:
-    """tokenizer.json with the algorithm, merges and switches of the sentencepiece model. `renamed` pieces get other
-    names and become special tokens."""
+def _proto(processor: SentencePieceProcessor) -> Any:
+    """The sentencepiece model as a message of protobuf. Raises UserError where tokenizer.json can't be made of it."""
     try:
         sentencepiece_model_pb2 = import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
-        from tokenizers import AddedToken, Tokenizer, processors
+        import_module("tokenizers")
     except ImportError as error:
         raise UserError(
             f"writing tokenizer.json needs a package that is missing ({error.name}): "
             'pip install "internlm[export]", or give a Hugging Face folder as the tokenizer'
         ) from error
     proto = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    trainer = proto.trainer_spec
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
+        raise UserError("only BPE and unigram sentencepiece models can be exported, not word or char models")
+    return proto
+
+
+def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed: dict[str, str]) -> None:
+    """The sentencepiece model as tokenizer.json. `renamed` pieces get other names and become special tokens."""
+    proto = _proto(processor)
+    from tokenizers import AddedToken, Tokenizer, processors
+
     tokenizer = Tokenizer(_algorithm(proto))
     tokenizer.normalizer, tokenizer.decoder = _normaliser(proto.normalizer_spec), _decoder(proto.normalizer_spec)
     kinds = proto.SentencePiece
@@ -234,8 +253,6 @@ def _algorithm(proto: Any) -> Any:
     if trainer.model_type == trainer.UNIGRAM:
         scored = [(piece.piece, piece.score) for piece in pieces]
         return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    if trainer.model_type != trainer.BPE:
-        raise UserError("only BPE and unigram sentencepiece models can be exported, not word or char models")
     vocab = {piece.piece: index for index, piece in enumerate(pieces)}
     # sentencepiece merges whatever neighbours form a piece, best score first; `tokenizers` wants the pairs listed.
     normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}

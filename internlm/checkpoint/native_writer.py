@@ -19,7 +19,7 @@ from internlm.checkpoint.triggers import new_token
 from internlm.config.schema import Config
 from internlm.train.state import TrainState
 from internlm.utils.device import torch_dtype
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -36,7 +36,8 @@ def write_native(named: Callable[[str], Tensor], config: Config, folder: str | P
         raise UserError(f"{storage.url} holds checkpoints already ({existing[0][1]} ...); give another target folder")
     token, step = new_token(), 0
     work = work_folder(storage, step, token)
-    storage.make_folder(work)
+    with writing(storage.show(work)):
+        storage.make_folder(work)
     dtype = torch_dtype(config.model.dtype)
     shapes = native_shapes(config.model)
     whole = {key_of(name, "param", tuple((0, size) for size in shape)): name for name, shape in shapes.items()}

@@ -6,15 +6,18 @@ A fused projection of ours becomes several there: each gets its rows of B, and a
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split
 from internlm.checkpoint.native import NativeReader
-from internlm.utils.errors import UserError
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_file import write_bytes, write_tensors
+from internlm.utils.errors import UserError, writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> None:
@@ -39,8 +42,10 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> 
         modules.add(name.rpartition(".")[2])
         tensors[f"base_model.model.{name}.lora_A.weight"] = reader.read(f"{place}.lora_a").clone()
         tensors[f"base_model.model.{name}.lora_B.weight"] = rows[entry.index].reshape(-1, lora.rank).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing(f"target folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    storage = Storage(str(folder))
+    write_tensors(storage, "adapter_model.safetensors", tensors, {"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -53,5 +58,5 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> 
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_bytes(storage, "adapter_config.json", [json.dumps(settings, indent=2).encode() + b"\n"])
     logger.info(f"exported the adapter to {folder}: {len(tensors)} tensors for {', '.join(sorted(modules))}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.storage import Storage
+from internlm.utils.errors import writing
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -52,10 +53,17 @@ class TensorEntry:
     start: int  # byte of the file
 
 
-def write_bytes(storage: Storage, path: str, parts: Iterable[bytes | memoryview]) -> FileRecord:
-    """Writes the parts one after another and hashes them on the way."""
+def write_bytes(
+    storage: Storage, path: str, parts: Iterable[bytes | memoryview], total: int | None = None
+) -> FileRecord:
+    """Writes the parts one after another and hashes them on the way. `total`: their bytes, for messages.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     size, digest = 0, hashlib.sha256()
-    with storage.writer(path) as write:
+    what = storage.show(path) if total is None else f"{storage.show(path)}, which needs {total} bytes,"
+    with writing(what), storage.writer(path) as write:
         for part in parts:
             for start in range(0, len(part), _HASH_STEP):
                 piece = part[start : start + _HASH_STEP]
@@ -96,7 +104,7 @@ def stream_tensors(
             assert value.dtype == dtype and tuple(value.shape) == shape, (key, value.dtype, value.shape)
             yield _bytes_of(value)
 
-    return write_bytes(storage, path, parts())
+    return write_bytes(storage, path, parts(), 8 + len(text) + offset)
 
 
 def read_header(storage: Storage, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:

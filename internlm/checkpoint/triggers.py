@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from internlm.utils.errors import UserError
+from internlm.utils.errors import writing
 from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
@@ -56,11 +56,9 @@ class StopFile:
         self._reached: int | None = None  # the last N whose step has come
         if self.path is None:
             return
-        try:
+        with writing(f"ckpt.stop_file_path = {path!r}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("0")
-        except OSError as error:
-            raise UserError(f"ckpt.stop_file_path = {path!r} can't be written: {error}; choose another") from error
 
     def read(self, step: int) -> int:
         """N, or 0 where there is nothing to do now or later."""

@@ -23,6 +23,15 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(f"{error.filename}: can't be read ({error.strerror or error})")
 
 
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns what the system has against writing `what` (a full disk, a missing right) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} can't be written: {error}") from error
+
+
 def exit_code(run: Callable[[], object]) -> int:
     """Run a tool: 0, or 2 with the message of a UserError on stderr; any other error keeps its traceback."""
     try:

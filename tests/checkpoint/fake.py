@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config, ParallelConfig
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
@@ -71,6 +72,13 @@ class FakeOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
+
+
+@contextmanager
+def full(self: Storage, path: str) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """`Storage.writer` on a full disk."""
+    raise OSError(28, "No space left on device")
+    yield lambda data: None
 
 
 @contextmanager

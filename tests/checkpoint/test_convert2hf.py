@@ -1,6 +1,7 @@
 """The converter on checkpoints in our own format, by its 2023 and its later command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.shards import key_of
 from internlm.checkpoint.storage import Storage
 from internlm.model.transformer import Transformer
+from tests.checkpoint.fake import full
 from tests.checkpoint.hf_models import named, tiny_run
 from tests.model.tiny import random_batch
 from tools.convert2hf import main
@@ -127,3 +129,13 @@ def test_an_export_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[st
     export_hf(named(model), config, tmp_path)
     assert main(["--src", str(tmp_path), "--tgt", str(tmp_path / "hf")]) == 2
     assert "is a Hugging Face folder already" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "ckpt", "internlm")
+    monkeypatch.setattr(Storage, "writer", full)
+    assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "hf")]) == 2
+    size = r"hf/model.safetensors, which needs \d+ bytes, can't be written: .* No space left on device"
+    assert re.search(size, capsys.readouterr().err)

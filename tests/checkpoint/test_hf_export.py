@@ -1,6 +1,7 @@
 """Exports load in transformers without remote code and compute the same; files are as they should be."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from internlm.checkpoint.hf import export_hf, parse_size
 from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split, to_interleaved
+from internlm.checkpoint.peft import ADAPTER_FILES
+from internlm.data.chat_template import BUILT_IN
 from internlm.utils.errors import UserError
 from tests.checkpoint.hf_models import CASES, named, tiny_run
 from tests.model.tiny import random_batch
@@ -181,6 +184,42 @@ def test_a_filled_target_is_kept_unless_forced(tmp_path: Path) -> None:
     weights = {file.name for file in tmp_path.iterdir() if file.name.startswith("model")}
     assert weights == {"model.safetensors"}  # no shard of the earlier export is left
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_force_removes_all_that_an_export_writes_and_nothing_else(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """A tokenizer, remote code or an adapter of an earlier export would be loaded with the new one."""
+    config, model = tiny_run("internlm", vocab_size=512)
+    template = BUILT_IN["internlm2"]
+    export_hf(named(model), config, tmp_path, "internlm", max_shard="30KB", tokenizer=tiny_tokenizer, template=template)
+    for name in ADAPTER_FILES:
+        (tmp_path / name).write_text("")
+    assert len(list(tmp_path.iterdir())) > 10
+    mine = {"notes.txt", "model-best.safetensors", "modeling_mine.py", "my_config.json"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    export_hf(named(model), config, tmp_path, force=True)
+    written = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == mine | written
+
+
+@pytest.mark.parametrize("missing", ["tokenizers", "sentencepiece.sentencepiece_model_pb2"])
+def test_missing_packages_are_named_before_anything_is_written(
+    missing: str, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = tiny_run("internlm", vocab_size=512)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf'missing \({missing}\): pip install "internlm\[export\]"'):
+        export_hf(named(model), config, tmp_path / "out", tokenizer=tiny_tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_force_would_remove_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    config, model = tiny_run("internlm", vocab_size=512)
+    export_hf(named(model), config, tmp_path, tokenizer=tiny_tokenizer)
+    for tokenizer in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(UserError, match="lies in the target folder"):
+            export_hf(named(model), config, tmp_path, tokenizer=tokenizer, force=True)
+        assert (tmp_path / "tokenizer.model").exists() and (tmp_path / "config.json").exists()
 
 
 def test_a_value_too_large_for_float16_is_refused(tmp_path: Path) -> None:
