@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the model of this run?"""
+"""Does a checkpoint fit this run: its model, and the place in its data?"""
 
 from typing import Any
 
@@ -13,6 +13,11 @@ logger = get_logger(__name__)
 # What the same weights compute depends on these as well, though they fit in any case.
 _MEANING = ("qk_interleaved", "rope_base", "rope_scaling", "layer_norm_epsilon", "norm_head")
 _MOE_MEANING = ("top_k", "score", "normalises")
+
+# Which samples are in batch k follows from these, and from the rows of a batch.
+_ORDER = ("type", "train_folder", "tokenizer_path", "text_key", "chat_template", "train_on", "long_samples", "seq_len")
+_ORDER += ("micro_bsz", "packing", "pack_sample_into_one", "min_length", "min_length_dict", "mixture", "seed")
+_ORDER += ("rampup_batch_size",)
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
@@ -63,3 +68,22 @@ def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
     for key, old, new in meanings:
         if old != new:
             common_warning(logger, f"{what} was trained with model.{key}={old}, this run has {new}")
+
+
+def check_order(saved: dict[str, Any], saved_readers: int, config: Config, readers: int, what: str, batch: int) -> None:
+    """Warns, with both values, where batch number `batch` of this run is not the one that the checkpoint's came to.
+
+    `saved` is the checkpoint's config.json; `saved_readers` and `readers` are the data ranks then and now.
+    """
+    then, now = saved["data"], config.data.model_dump(mode="json")
+    rows = [data["micro_num"] * size for data, size in ((then, saved_readers), (now, readers))]
+    pairs = {"rows of a batch (data.micro_num * data ranks)": rows}
+    pairs |= {f"data.{key}": [then[key], now[key]] for key in _ORDER if key in then}
+    told = "{}: {} in the checkpoint, {} in this run"
+    different = [told.format(key, old, new) for key, (old, new) in pairs.items() if old != new]
+    if different:
+        common_warning(
+            logger,
+            f"{what}: its {batch} batches were made otherwise than those of this run, which goes on with batch "
+            f"{batch}: some samples are read twice or never. {'; '.join(different)}",
+        )

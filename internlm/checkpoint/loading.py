@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from internlm.checkpoint.compare import check_model
+from internlm.checkpoint.compare import check_model, check_order
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.legacy.folder import is_legacy_folder
@@ -23,6 +23,7 @@ from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
 from internlm.config.output_sections import LoadConfig
 from internlm.config.schema import Config
+from internlm.core.mesh import axes_of_world
 from internlm.core.random import set_rng_state
 from internlm.model.lora import is_adapter
 from internlm.solver.hybrid_zero import HybridZero
@@ -180,8 +181,16 @@ class Loader:
             if everything or part in content:
                 state[key] = value
         self.state.load_state_dict(state)
+        if (everything or "sampler" in content) and self.state.batch_count:
+            self._check_order(found)
         if everything:
             self._load_rng(found)
+
+    def _check_order(self, found: Found) -> None:
+        world = found.manifest.world
+        readers = axes_of_world(self.config.parallel, self.control.size)[0]["data"]
+        then = world.get("data", world["ranks"])
+        check_order(found.text("config.json"), then, self.config, readers, str(found), self.state.batch_count)
 
     def _load_tensors(self, found: Found, kinds: set[str], new_adapters: bool) -> None:
         """Fills this rank's pieces; whoever lacks something tells all ranks, so that none waits for it for ever."""

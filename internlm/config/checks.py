@@ -116,12 +116,10 @@ def _rampup(text: str, micro_num: int) -> Problems:
         yield f'data.rampup_batch_size = {text!r}: expected three numbers "START INCR EVERY", as "2 2 100"'
         return
     start, increment, every = map(int, words)
-    if start < 1 or every < 1:
-        yield f"data.rampup_batch_size = {text!r}: START and EVERY are at least 1"
+    if min(start, increment, every) < 1:
+        yield f"data.rampup_batch_size = {text!r}: START, INCR and EVERY are at least 1"
     if start > micro_num:
         yield f"data.rampup_batch_size = {text!r} starts with {start} micro batches, above data.micro_num = {micro_num}"
-    elif increment == 0 and start < micro_num:
-        yield f"data.rampup_batch_size = {text!r} adds 0 a time and never reaches data.micro_num = {micro_num}"
 
 
 def _skip(text: str) -> Problems:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.section import PositiveInt, Section
+from internlm.config.section import PositiveInt, Section, Seed
 
 
 class DataConfig(Section):
@@ -54,5 +54,5 @@ class DataConfig(Section):
     )
     skip_batches: str = Field("", description='batches read but not trained, as "3,10-12"; counted from 0')
     rampup_batch_size: str = Field("", description='"START INCR EVERY" in micro batches; empty: constant')
-    seed: int = Field(1024, description="seed of the order of rows")
+    seed: Seed = Field(1024, description="seed of the order of rows")
     num_worker: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank for training")

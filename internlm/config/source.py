@@ -29,7 +29,10 @@ def layers(source: str | Path | dict[str, Any], open_files: tuple[Path, ...] = (
         origin, folder, names = str(source), path.parent, _read(path)
         open_files = (*open_files, path.resolve())
     bases = names.pop("_base_", ())
-    for base in [bases] if isinstance(bases, str | Path) else bases:
+    bases = [bases] if isinstance(bases, str | Path) else bases
+    if not isinstance(bases, list | tuple) or not all(isinstance(base, str | Path) for base in bases):
+        raise ConfigError(origin, [f"_base_ = {bases!r}: expected a path or a list of paths"])
+    for base in bases:
         yield from layers(folder / base, open_files)
     yield origin, {key: value for key, value in names.items() if _is_key(key)}
 
@@ -46,20 +49,23 @@ def _read(path: Path) -> Tree:
         raise ConfigError(str(path), [f"no such file{hint}"])
     if path.suffix == ".json":
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(str(path), [f"not a JSON object: {error}"]) from error
+        if not isinstance(value, dict):
+            raise ConfigError(str(path), [f"holds a {type(value).__name__}, expected a JSON object"])
+        return value
     if path.suffix != ".py":
         raise ConfigError(str(path), ["a config is a Python file and ends in .py"])
     with _importable(path.parent.resolve(), Path.cwd()):
         try:
             names = runpy.run_path(str(path))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(str(path), [_where(error, path)]) from error
     return {key: value for key, value in names.items() if not isinstance(value, ModuleType) and not callable(value)}
 
 
-def _where(error: Exception, path: Path) -> str:
+def _where(error: BaseException, path: Path) -> str:
     """The line of the config file at which it failed."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}: {(error.text or '').strip()}"

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from internlm.data.encoder import Encoder, Recipe
 from internlm.utils.errors import UserError
@@ -142,7 +142,7 @@ def json_elements(path: Path) -> Iterator[tuple[Any, int]]:
     decoder = json.JSONDecoder()
     skip = re.compile(r"[\s,]*")
     with path.open(encoding="utf-8") as file:
-        text, place, done, number, step = file.read(PIECE_BYTES).lstrip(), 1, 0, 0, PIECE_BYTES
+        text, place, done, number, step = _read(file, PIECE_BYTES).lstrip(), 1, 0, 0, PIECE_BYTES
         if not text.startswith("["):
             raise UserError(f"{path}: a .json file must hold one list; for one object a line use .jsonl.")
         while True:
@@ -158,10 +158,17 @@ def json_elements(path: Path) -> Iterator[tuple[Any, int]]:
                 yield element, done + end
                 place, number, step = end, number + 1, PIECE_BYTES
                 continue
-            more = file.read(step)
+            more = _read(file, step)
             if not more:
                 raise UserError(f"{path}, element {number + 1}: broken JSON, or the closing ] is missing.")
             done, text, place, step = done + place, text[place:] + more, 0, step * 2
+
+
+def _read(file: TextIO, size: int) -> str:
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: not UTF-8 ({error.reason}).") from error
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from internlm.data.formats import read_meta
+from internlm.utils.errors import UserError
 
 
 class BinWriter:
@@ -20,14 +21,17 @@ class BinWriter:
     def __init__(self, path: Path, append: bool = False) -> None:
         self.path = path
         self._mine = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._bytes, self._tokens = array("q"), array("q")  # of each line
         if append and path.exists():
             offsets, lengths = read_meta(str(path))
             self._bytes.frombytes(np.diff(offsets, append=path.stat().st_size).astype(np.int64).tobytes())
             self._tokens.frombytes(lengths.tobytes())
             shutil.copyfile(path, self._mine)
-        self._file = self._mine.open("ab")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._mine.open("ab")
+        except OSError as error:
+            raise UserError(f"{path} can't be written ({error.strerror}): choose another place") from error
 
     @property
     def num_samples(self) -> int:

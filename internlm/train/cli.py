@@ -91,12 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--run_dir", metavar="DIR", help="folder of all outputs, as run_dir=DIR (default runs/JOB_NAME)")
     add("--profiling", action="store_true", help="write a trace of two steps into DIR/traces")
     add("--dry_run", action="store_true", help="print resolved config, parameters and memory per rank, then end")
-    add("--world_size", type=int, metavar="N", help="ranks that --dry_run assumes; a real run counts them itself")
+    add("--world_size", type=_positive, metavar="N", help="ranks that --dry_run assumes; a real run counts them itself")
     add("-h", "--help", action=_Help, nargs=0, help="print this and every config key, then end")
     for name in _WITHOUT_EFFECT:
         action = "store_true" if name.startswith(("enable", "disable")) else "store"
         add(f"--{name}", help=argparse.SUPPRESS, action=action)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks; give 1 or more")
+    return int(text)
 
 
 @contextmanager
@@ -124,6 +130,8 @@ def start_logging(arguments: Arguments) -> World:
     setup_logging(world.rank, world.size)
     for name in arguments.ignored:
         logger.info(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}")
+    if arguments.world_size is not None and not arguments.dry_run:
+        logger.info(f"--world_size has no effect without --dry_run: the launcher started {world.size} rank(s)")
     return world
 
 

@@ -53,6 +53,9 @@ class Trainer:
 
     def steps(self) -> Iterator[StepReport]:
         """Run until the loader ends, yielding a report after every batch."""
+        done, total = self.state.batch_count, self.config.data.total_steps
+        if done >= total:
+            logger.info(f"nothing to do: {done} batches are done, data.total_steps = {total}")
         self._batches = iter(self.train_loader)
         self._fetch()
         with paused_collector() as collect_garbage:

@@ -73,6 +73,20 @@ def test_bases_in_a_circle_are_refused(tmp_path):
     assert "leads back" in problems_of(tmp_path / "one.py")[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.py", "_base_ = 5\n", "_base_ = 5: expected a path or a list of paths"),
+        ("a.py", "_base_ = ['b.py', 5]\n", "_base_ = ['b.py', 5]: expected"),
+        ("a.py", "import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+        ("a.json", "[1, 2]", "holds a list, expected a JSON object"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, name, text, told):
+    (problem,) = problems_of(write(tmp_path / name, text))
+    assert told in problem
+
+
 def test_read_base_of_internevo_files(tmp_path, monkeypatch):
     write(tmp_path / "shapes" / "_base_" / "tiny.py", SMALL)
     text = """

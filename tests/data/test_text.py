@@ -139,6 +139,7 @@ def test_json_tool(tmp_path: Path, tokenizer: Path) -> None:
             "line 3: expected an object with a string",
         ),
         ("a.txt", b"abc\nd\xffe\n", (), "a.txt, line 2: not UTF-8"),
+        ("b.json", b'["\xff"]', (), "b.json: not UTF-8"),
         ("a.json", b'{"text": "x"}', (), "a.json: a .json file must hold one list"),
         ("a.json", b'["x", "y', (), "a.json, element 2: broken JSON"),
         ("a.json", b'["x", 3]', ("--text_key", "text"), "a.json, element 1: expected an object"),
@@ -161,6 +162,10 @@ def test_tool_without_input_or_tokenizer(tmp_path: Path, tokenizer: Path) -> Non
     common = ("--bin_output_path", tmp_path / "o.bin", "--text_input_path")
     assert "no such file" in tool("tokenizer.py", *common, tmp_path / "b.txt", "--tokenizer", tokenizer).stderr
     assert "not a sentencepiece" in tool("tokenizer.py", *common, tmp_path / "a.txt", "--tokenizer", __file__).stderr
+    (tmp_path / "file").write_text("")
+    into_file = ("--bin_output_path", tmp_path / "file" / "o.bin", "--text_input_path", tmp_path / "a.txt")
+    done = tool("tokenizer.py", *into_file, "--tokenizer", tokenizer)
+    assert done.returncode == 2 and "o.bin can't be written (" in done.stderr and "Traceback" not in done.stderr
     if not any((TOOLS / name).exists() for name in ("V7_sft.model", "tokenizer_internlm.model")):
         assert "--tokenizer" in tool("tokenizer.py", *common, tmp_path / "a.txt").stderr
 

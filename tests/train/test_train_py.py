@@ -82,13 +82,19 @@ def test_five_steps_leave_all_outputs(tmp_path: Path, config_file: Path, repo_ro
     assert [path.name for path in (run_dir / "traces").iterdir()] == ["rank0.json.gz"]
 
 
-def test_the_loss_falls_and_a_second_start_has_nothing_to_do(tmp_path: Path, config_file: Path) -> None:
+def test_the_loss_falls_and_a_second_start_has_nothing_to_do(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     arguments = ("--config", config_file, "--run_dir", run_dir, "monitor.enable_tb=False")
     assert run_main(*arguments) == 0
     lines = lines_of(run_dir)
     assert len(lines) == 5
-    assert run_main(*arguments) == 0
+    assert "nothing to do" not in capsys.readouterr().out
+    assert run_main(*arguments, "--world_size", 3) == 0
+    told = capsys.readouterr().out
+    assert "nothing to do: 5 batches are done, data.total_steps = 5" in told
+    assert "--world_size has no effect without --dry_run: the launcher started 1 rank(s)" in told
     assert lines_of(run_dir) == lines
 
 
@@ -101,6 +107,21 @@ def test_a_longer_run_continues_the_same_file(tmp_path: Path, config_file: Path)
     assert [line["step"] for line in continued] == list(range(1, 9))
     for key in ("step", "loss", "grad_norm", "lr", "num_consumed_tokens"):
         assert [line[key] for line in continued] == [line[key] for line in whole], key
+
+
+def test_a_resume_with_other_batches_says_so(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--config", config_file, "--run_dir", tmp_path / "run", "monitor.enable_tb=False")
+    assert run_main(*arguments, "data.total_steps=2") == 0
+    assert run_main(*arguments, "data.total_steps=3") == 0
+    assert "read twice or never" not in capsys.readouterr().out
+    changes = ("data.seq_len=8", "data.micro_num=1", "data.seed=5", "data.total_steps=4")
+    assert run_main(*arguments, *changes) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "read twice or never" in line]
+    assert "WARNING" in line and "goes on with batch 3" in line
+    for change in ("data ranks): 2 in", "data.seq_len: 16 in", "data.seed: 1024 in"):
+        assert change in line
 
 
 def test_a_bad_config_ends_with_code_2_and_one_screen(
@@ -163,6 +184,8 @@ def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root:
         (["--config", "x.py", "model.num_layers"], "expected section.key=value, got model.num_layers"),
         (["--config", "x.py", "--launcher", "mpi"], "mpi"),
         (["--config", "x.py", "--sed", "3"], "--sed"),
+        (["--config", "x.py", "--dry_run", "--world_size", "-4"], "'-4' is no number of ranks"),
+        (["--config", "x.py", "--dry_run", "--world_size", "0"], "'0' is no number of ranks"),
     ],
 )
 def test_a_wrong_command_line_ends_with_code_2(
