@@ -15,9 +15,11 @@ _MEANING = ("qk_interleaved", "rope_base", "rope_scaling", "layer_norm_epsilon",
 _MOE_MEANING = ("top_k", "score", "normalises")
 
 # Which samples are in batch k follows from these, and from the rows of a batch.
-_ORDER = ("type", "train_folder", "tokenizer_path", "text_key", "chat_template", "train_on", "long_samples", "seq_len")
-_ORDER += ("micro_bsz", "packing", "pack_sample_into_one", "min_length", "min_length_dict", "mixture", "seed")
-_ORDER += ("rampup_batch_size",)
+_ORDER = (
+    *("type", "train_folder", "tokenizer_path", "text_key", "chat_template", "train_on", "long_samples"),
+    *("seq_len", "micro_bsz", "packing", "pack_sample_into_one", "min_length", "min_length_dict"),
+    *("mixture", "rampup_batch_size", "seed"),
+)
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
