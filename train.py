@@ -27,7 +27,7 @@ from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train import dry_run
-from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, start_logging, user_errors
+from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, say, start_logging, user_errors
 from internlm.train.preference import PreferenceLoss
 from internlm.train.routing import Routing
 from internlm.train.state import TrainState
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check(config, world_size)
     check_files(config, world, world_size)
     if args.dry_run:
-        print(dry_run.report(config, world_size))
+        say(world, dry_run.report(config, world_size))
         return 0
 
     with open_run_dir(config, world) as run_dir, launch(args.launcher, args.port) as world:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from internlm.config.help import render_help
 from internlm.config.schema import Config
 from internlm.core.launch import DEFAULT_PORT, Launcher, World, world_from_env
-from internlm.utils.environment import started_by_slurm
+from internlm.utils.environment import launched_rank, started_by_slurm
 from internlm.utils.errors import UserError
 from internlm.utils.lock import lock_folder
 from internlm.utils.logger import get_logger, setup_logging
@@ -20,6 +21,7 @@ logger = get_logger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_SIGTERM = 128 + 15
+PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
 
 # Flags of 2023 that never did anything in train.py, with what decides instead.
 _WITHOUT_EFFECT = {
@@ -109,12 +111,14 @@ def _positive(text: str) -> int:
 def user_errors() -> Iterator[None]:
     """Turns a user's mistake into its message and exit code 2; everything else keeps its traceback and code 1.
 
-    Every rank speaks: the launcher ends all when one ends, and the first to go may be the only one that knew. Both
-    kinds are in train.log too.
+    Rank 0 speaks at once. The others wait PATIENCE, in which the launcher ends them if rank 0 met the same mistake, and
+    then speak: one of them may be the only one that knows. Both kinds are in train.log too.
     """
     try:
         yield
     except UserError as error:
+        if launched_rank() > 0:
+            time.sleep(PATIENCE)
         logger.error(str(error), extra={"file_only": True})
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
@@ -133,6 +137,12 @@ def start_logging(arguments: Arguments) -> World:
     if arguments.world_size is not None and not arguments.dry_run:
         logger.info(f"--world_size has no effect without --dry_run: the launcher started {world.size} rank(s)")
     return world
+
+
+def say(world: World, text: str) -> None:
+    """Prints what all ranks would say alike, once."""
+    if world.rank == 0:
+        print(text)
 
 
 @contextmanager

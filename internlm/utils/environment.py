@@ -12,3 +12,9 @@ def job_id() -> str:
     """The number that the cluster gave this job, as Slurm or Kubernetes tells it; "none" elsewhere."""
     pod = os.environ.get("KUBERNETES_POD_NAME", "none")
     return os.environ.get("SLURM_JOB_ID", pod.split("-")[0])
+
+
+def launched_rank() -> int:
+    """The rank that torchrun or Slurm gave this process; 0 without them, or where it is no number."""
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdecimal() else 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import train
+from internlm.train import cli
 from internlm.train.cli import parse_arguments, user_errors
 from tests.data.helpers import write_bin
 from tests.utils.holder import held
@@ -237,6 +238,20 @@ def test_two_runs_can_not_share_a_folder(tmp_path: Path, config_file: Path, caps
         assert run_main("--config", config_file, "--run_dir", tmp_path) == 2
     assert f"is in use by process {other.pid} on" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "tiny.py"}  # nothing of the first run was touched
+
+
+def test_what_all_ranks_would_say_is_said_once(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_main("--config", config_file, "--dry_run") == 0
+    assert capsys.readouterr().out == ""
+    said_before = []
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
+    assert run_main("--config", config_file, "model.num_layer=3") == 2
+    assert said_before == [(cli.PATIENCE, "")]  # in which the launcher ends it, since rank 0 met the same
+    assert "model.num_layer" in capsys.readouterr().err  # it alone knew
 
 
 def test_an_unwritable_run_dir_is_a_user_mistake(
