@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from internlm.config.schema import Config, ModelConfig
+from internlm.config.schema import Config, LoraConfig, ModelConfig
 from internlm.utils.errors import UserError
 from internlm.utils.logger import common_warning, get_logger
 
@@ -43,13 +43,14 @@ def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
 
 
 def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
-    """Compares the model section of a checkpoint's config.json with that of this run.
+    """Compares the model and lora sections of a checkpoint's config.json with those of this run.
 
     Sections of other versions may have other keys: those that this program doesn't know are left out.
 
     Raises:
-        UserError: other sizes; every difference with both numbers.
+        UserError: other sizes, or adapters that this run would lose or read otherwise; differences with both values.
     """
+    _check_adapters(saved.get("lora"), config.lora, what)
     known = {key: value for key, value in saved["model"].items() if key in ModelConfig.model_fields}
     try:
         model = ModelConfig.model_validate(known)
@@ -88,4 +89,17 @@ def check_order(saved: dict[str, Any], saved_readers: int, config: Config, reade
             logger,
             f"{what}: its {batch} batches were made otherwise than those of this run, which goes on with batch "
             f"{batch}: some samples are read twice or never. {'; '.join(different)}",
+        )
+
+
+def _check_adapters(saved: dict[str, Any] | None, lora: LoraConfig | None, what: str) -> None:
+    """A checkpoint without adapters is a base to put new ones beside."""
+    if saved is None:
+        return
+    theirs = {key: saved.get(key) for key in ("rank", "alpha", "target")}
+    ours = lora and {"rank": lora.rank, "alpha": lora.alpha, "target": list(lora.target)}
+    if ours != theirs:
+        raise UserError(
+            f"{what} holds adapters: its lora section is {theirs}, that of this run {ours}. Set the same, or start "
+            "from the merged model, which tools/convert2hf.py writes."
         )

@@ -146,8 +146,8 @@ def adapters(config: Config) -> Problems:
             f"lora with parallel.tensor.size = {tensor.size}: adapters are not cut between tensor ranks yet; set 1, "
             "and share the frozen weights with parallel.weight.size instead"
         )
-    if config.lora.base == "nf4" and config.ckpt.load_ckpt_info is None:
-        yield 'lora.base = "nf4": the weights to hold in 4 bits are those of ckpt.load_ckpt_info, which is not set'
+    if config.ckpt.load_ckpt_info is None:
+        yield "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set, so they would be random"
     if config.lora.dropout and config.model.checkpoint:
         yield (
             f"lora.dropout = {config.lora.dropout} with model.checkpoint = {config.model.checkpoint}: a recomputed "

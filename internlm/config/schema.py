@@ -167,8 +167,9 @@ class LoraConfig(Section):
     rank: PositiveInt = Field(8, description="inner size of an adapter")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="an adapter's output is multiplied by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of an adapter's inputs left out")
-    target: tuple[str, ...] = Field(("*.attention.w*", "*.feed_forward.w*"), strict=False, description="which ones")
-
+    target: tuple[str, ...] = Field(
+        ("*.attention.w*", "*.feed_forward.w*"), min_length=1, strict=False, description="which ones"
+    )
     base: Literal["full", "nf4"] = Field(
         "full", description="frozen projections in the model's dtype, or in 4 bits (extra gpu: bitsandbytes)"
     )

@@ -63,6 +63,10 @@ class ChatEncoder:
     def encode(self, record: Record) -> Int64s:
         """The ids of a record, complemented where they are not trained on. Raises UserError if none is."""
         text, spans, literal = self._plain(record) if isinstance(record, PlainText) else self._conversation(record)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"half a character (a lone surrogate), {error.object[error.start]!r}: {error}.") from error
         encoding = self.tokenizer.locate(text, literal)
         trained = encoding.inside(spans)
         if not trained[1:].any():  # the first id is no target: nothing predicts it
@@ -70,6 +74,8 @@ class ChatEncoder:
         return np.where(trained, encoding.ids, ~encoding.ids)
 
     def _plain(self, record: PlainText) -> Written:
+        if not record.completion.strip():
+            raise UserError("an empty text, which would teach to say nothing. Leave it out.")
         begin, end = self.tokenizer.ends
         head = begin + record.prompt
         text = head + record.completion + end
@@ -79,24 +85,37 @@ class ChatEncoder:
         written = self.recipe.template.write(
             record.messages, tools=record.tools or None, control=self.tokenizer.control
         )
-        if self.recipe.train_on == "all":
-            return written._replace(answers=[(0, len(written.text))])
+        everything = self.recipe.train_on == "all"
+        for message in record.messages:
+            if message.role != "assistant" and message.trained not in (None, everything):
+                raise UserError(
+                    f'"trained" (or "weight") is {json.dumps(message.trained)} in a turn of role {message.role}: only '
+                    f'answers are chosen one by one, data.train_on = "{self.recipe.train_on}" decides about others.'
+                )
         answers = [message for message in record.messages if message.role == "assistant"]
-        by_default = [self.recipe.train_on == "answers"] * len(answers)
+        by_default = [self.recipe.train_on != "last"] * len(answers)
         by_default[-1:] = [True] * len(answers[-1:])
         chosen = [
             default if message.trained is None else message.trained
             for message, default in zip(answers, by_default, strict=True)
         ]
+        for message, keep in zip(answers, chosen, strict=True):
+            if keep and not message.content.strip() and not message.tool_calls:
+                raise UserError(
+                    'an empty answer, which would teach to say nothing. Leave it out or set "trained": false.'
+                )
         if all(chosen):
-            return written
+            return written._replace(answers=[(0, len(written.text))]) if everything else written
         if len(written.answers) != len(answers):
             raise UserError(
                 f"chat template {self.recipe.template.name} marks {len(written.answers)} texts of {len(answers)} "
                 "assistant turns, so single turns cannot be chosen."
             )
-        spans = zip(written.answers, chosen, strict=True)
-        return written._replace(answers=[span for span, keep in spans if keep])
+        spans = [span for span, keep in zip(written.answers, chosen, strict=True) if keep != everything]
+        if everything:  # all but these
+            borders = [0, *(border for span in spans for border in span), len(written.text)]
+            spans = list(zip(borders[::2], borders[1::2], strict=True))
+        return written._replace(answers=spans)
 
     def fitted(self, ids: Int64s, counts: Counter[str]) -> list[Int64s]:
         """The sample as the rule for long ones leaves it, at most `max_length` ids a piece; counts what it did."""
@@ -180,7 +199,7 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     """The samples of a jsonl, json, parquet or arrow file. Raises UserError naming the file and line that is broken."""
     template = recipe.template
     parts = (
-        *("chat, literal turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
+        *("chat, literal and chosen turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
         *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples), str(recipe.pairs)),
     )

@@ -40,12 +40,14 @@ class Message:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
             raise UserError(f'expected an object with "role" and "content", found {short(value)}.')
-        trained = value.get("trained", value.get("weight"))
+        trained = value.get("weight") if value.get("trained") is None else value["trained"]
         if trained not in (None, 0, 1):
             raise UserError(f'"trained" (or "weight") is {short(trained)}; expected true or false.')
         calls = value.get("tool_calls") or []
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise UserError(f'"tool_calls" is {short(calls)}; expected a list.')
+        if value.get("content") is None and not calls:
+            raise UserError(f'a turn without "content" (or "tool_calls"): {short(value)}.')
         return Message(
             value["role"],
             _text(value.get("content")),

@@ -7,7 +7,7 @@
 | alpaca | instruction, input, output, system, history: [[question, answer]] |
 | prompt/completion | prompt, completion: two texts, or two lists of messages; texts get no template |
 | plain text | text |
-| preference | chosen, rejected, prompt: as prompt/completion, with two answers |
+| preference | chosen, rejected, prompt: as prompt/completion, with two answers, or with two whole conversations |
 """
 
 import json
@@ -53,7 +53,7 @@ def parse_line(line: str) -> Mapping[str, Any]:
     """The object in a line of JSON. Raises UserError."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"broken JSON ({error}): {line.strip()[:60]}") from error
     if not isinstance(value, Mapping):
         raise UserError(f"expected a JSON object, found {short(value)}.")
@@ -82,22 +82,29 @@ def pair_of(value: Mapping[str, Any]) -> tuple[Record, Record]:
     """
     if value.get("chosen") is None or value.get("rejected") is None:
         raise UserError(f'preference data needs "chosen" and "rejected"; found {", ".join(map(str, value))}.')
-    prompt = value.get("prompt")
-    both: list[Record] = []
-    for key in ("chosen", "rejected"):
-        answer = value[key]
-        if prompt is None and isinstance(answer, list) and len(answer) > 1:
-            whole = _conversation(answer, value)
-            last = len(whole.messages) - 1
-            turns = tuple(replace(turn, trained=number == last) for number, turn in enumerate(whole.messages))
-            both.append(replace(whole, messages=turns))
-        else:
-            both.append(_joined(prompt or "", answer, value, key))
-    return both[0], both[1]
+    prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
+    if prompt in (None, "", []) and isinstance(chosen, list) and isinstance(rejected, list):
+        prompt = chosen[:-1]
+        if [Message.of(turn) for turn in prompt] != [Message.of(turn) for turn in rejected[:-1]]:
+            raise UserError(
+                '"chosen" and "rejected" differ before their last turns, so they answer different questions.'
+            )
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    better, worse = _joined(prompt or "", chosen, value, "chosen"), _joined(prompt or "", rejected, value, "rejected")
+    if type(better) is not type(worse):
+        raise UserError(
+            'one of "chosen" and "rejected" is a text, the other a list of messages; write both in one way.'
+        )
+    if better == worse:
+        raise UserError('"chosen" and "rejected" are the same, so nothing can be learnt from them.')
+    return better, worse
 
 
 def _joined(prompt: Any, answer: Any, value: Mapping[str, Any], key: str) -> Record:
-    """Two texts, or two lists of messages, of which the turns of the second are trained on."""
+    """Two texts, or two lists of messages, of which the turns of the second are trained on.
+
+    Many public sets repeat the prompt in the second list: what is said twice is taken once.
+    """
     if isinstance(prompt, str) and isinstance(answer, str):
         return PlainText(prompt, answer)
     if isinstance(prompt, str):
@@ -106,9 +113,20 @@ def _joined(prompt: Any, answer: Any, value: Mapping[str, Any], key: str) -> Rec
         answer = [{"role": "assistant", "content": answer}]
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise UserError(f'"prompt" and "{key}" must be texts or lists of messages, found {short(prompt)}.')
-    asked = [replace(Message.of(turn), trained=False) for turn in prompt]
-    answered = [replace(turn, trained=turn.role == "assistant") for turn in map(Message.of, answer)]
-    return replace(_conversation([], value), messages=(*asked, *answered))
+    asked, answered = [Message.of(turn) for turn in prompt], [Message.of(turn) for turn in answer]
+    if answered[: len(asked)] == asked:
+        answered = answered[len(asked) :]
+    if key != "completion" and any(turn.role == "user" for turn in answered):
+        raise UserError(
+            f'"{key}" has turns of a user, but does not begin with "prompt"; give whole conversations without '
+            '"prompt", or answers alone.'
+        )
+    return _conversation([_chosen(turn, False) for turn in asked] + [_chosen(turn, True) for turn in answered], value)
+
+
+def _chosen(turn: Message, trained: bool) -> Message:
+    """The turn, with what holds for answers that don't say themselves whether they are trained on."""
+    return replace(turn, trained=trained) if turn.role == "assistant" and turn.trained is None else turn
 
 
 def _conversation(turns: list[Any], value: Mapping[str, Any]) -> Conversation:
@@ -129,16 +147,19 @@ def _conversation(turns: list[Any], value: Mapping[str, Any]) -> Conversation:
 def _from_sharegpt(turn: Any) -> Message:
     if isinstance(turn, Mapping) and "from" in turn:
         source, text = turn["from"], turn.get("value")
+        marks = {key: turn.get(key) for key in ("trained", "weight")}
         role = _SHAREGPT_ROLES.get(str(source), str(source))
         if source == "function_call":
-            return Message.of({"role": role, "tool_calls": [parse_line(str(text))]})
-        return Message.of({"role": role, "content": text, "weight": turn.get("weight")})
+            return Message.of({"role": role, "tool_calls": [parse_line(str(text))], **marks})
+        if text is None:
+            raise UserError(f'a turn without "value": {short(turn)}.')
+        return Message.of({"role": role, "content": text, **marks})
     return Message.of(turn)
 
 
 def _alpaca(value: Mapping[str, Any]) -> Conversation:
     turns = []
-    for pair in value.get("history") or []:
+    for pair in _list(value, "history") if value.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f'"history" holds {short(pair)}; expected [question, answer].')
         turns += [Message("user", _string(pair[0], "history")), Message("assistant", _string(pair[1], "history"))]

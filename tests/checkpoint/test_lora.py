@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from internlm.apis.generate import load_model
+from internlm.checkpoint.checks import find_checkpoint_problems
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.peft import export_adapter
@@ -105,6 +107,24 @@ def test_a_killed_run_goes_on_bit_by_bit(base: Path, tmp_path: Path) -> None:
     assert first + rest == whole
 
 
+def test_no_adapter_is_lost_on_the_way_into_another_run(tuned: tuple[Path, list[float]], tmp_path: Path) -> None:
+    """The merged model and the same adapters begin at the same loss; other settings are refused."""
+    start = tuned[0] / "checkpoints" / "6"
+    reader = NativeReader(start)
+    export_hf(reader.read, reader.config, tmp_path / "merged", dtype="float32")
+    merged = {"load_ckpt_info": {"path": str(tmp_path / "merged"), "ckpt_type": "hf"}}
+    still = {"adam": {"lr": 0.0}}
+    expected = run(tmp_path / "full", (1, 1, 1), 1, lora=None, ckpt=merged, **still)["losses"]
+    load = {"load_ckpt_info": {"path": str(start)}}
+    assert run(tmp_path / "same", (1, 1, 1), 1, ckpt=load, **still)["losses"] == pytest.approx(expected, rel=1e-5)
+    for lora in (None, {**LORA, "alpha": 4.0}, {**LORA, "rank": 2}, {**LORA, "target": ("*.attention.w*",)}):
+        config = run_config((1, 1, 1), 1, 1, lora=lora, ckpt=load)
+        (problem,) = find_checkpoint_problems(config)
+        assert "holds adapters: its lora section is {'rank': 4, 'alpha': 8.0" in problem and "convert2hf" in problem
+    with pytest.raises(AssertionError, match="holds adapters"):
+        run(tmp_path / "lost", (1, 1, 1), 1, lora=None, ckpt=load)
+
+
 @pytest.fixture(scope="module")
 def in_4_bits(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     pytest.importorskip("bitsandbytes")
@@ -164,4 +184,6 @@ def test_refusals() -> None:
     )
     problems = "\n".join(find_problems(config, 2))
     assert "adapters are not cut between tensor ranks" in problems and "would draw other numbers" in problems
-    assert "the weights to hold in 4 bits are those of ckpt.load_ckpt_info" in problems
+    assert "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set" in problems
+    with pytest.raises(ValidationError, match=r"lora\.target"):
+        run_config((1, 1, 1), 1, lora={"target": ()})

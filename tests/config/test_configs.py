@@ -14,7 +14,7 @@ from internlm.model.flops import num_parameters
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 MODELS = sorted((ROOT / "configs" / "_base_" / "models").glob("*.py"))
-NO_DATA = ["data.type=tokenized", "data.train_folder=None", "data.valid_folder=None", "dpo=None"]
+NO_DATA = ["data.type=tokenized", "data.train_folder=None", "data.valid_folder=None", "dpo=None", "lora=None"]
 
 # Parameters in 10^9: InternLM-7B as the 2023 framework counted it; the others as their model cards say.
 SIZES = {

@@ -97,6 +97,13 @@ def test_what_is_trained_on() -> None:
     chosen = json.loads(json.dumps(TALK))
     chosen["messages"][3]["trained"] = False
     assert shown(encoder().encode(record_of(chosen)), True) == "  Good \u0378!\n<|im_end|>"
+    seen = shown(encoder(train_on="all").encode(record_of(chosen)), True)
+    assert seen.startswith("<|im_start|>user\nWie") and seen.endswith("bye<|im_end|>\n<|im_start|>assistant\n\n")
+    chosen["messages"][1]["weight"] = 1
+    assert shown(encoder(train_on="last").encode(record_of(chosen)), True) == "  Good \u0378!\n<|im_end|>"
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "trained": False}]
+    talk = {"conversations": [*sharegpt, {"from": "gpt", "value": "c"}]}
+    assert shown(encoder().encode(record_of(talk)), True) == "c<|im_end|>"
     plain = encoder().encode(record_of({"prompt": "one\n", "completion": "two"}))
     assert (shown(plain, False), shown(plain, True)) == ("<s>one\n", "two</s>")
     text = encoder().encode(record_of({"text": "one two"}))
@@ -168,9 +175,25 @@ def test_more_of_alpaca_and_sharegpt() -> None:
     talk = {"conversations": [call, {"from": "observation", "value": "1"}], "tools": '[{"name": "f"}]'}
     record = record_of(talk)
     assert record.messages[0].tool_calls[0].arguments == {"x": 1} and record.tools == ({"name": "f"},)  # type: ignore[union-attr]
-    chosen, rejected = pair_of({"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"})
-    assert [turn.content for turn in chosen.messages] == ["q", "a"]  # type: ignore[union-attr]
-    assert rejected.completion == "b"  # type: ignore[union-attr]
+
+
+def test_shapes_of_pairs_say_the_same() -> None:
+    """Also UltraFeedback's: a prompt, and two whole conversations that begin with it."""
+    (asked, one), (_, two) = (
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("a", "b")
+    )
+    expected = [[("user", "q", None), ("assistant", text, True)] for text in ("a", "b")]
+    for pair in (
+        {"prompt": "q", "chosen": [asked, one], "rejected": [asked, two]},
+        {"prompt": [asked], "chosen": [asked, one], "rejected": [two]},
+        {"prompt": "q", "chosen": [one], "rejected": [two]},
+        {"prompt": [asked], "chosen": "a", "rejected": "b"},
+        {"chosen": [asked, one], "rejected": [asked, two]},
+    ):
+        records = pair_of(pair)
+        assert [[(turn.role, turn.content, turn.trained) for turn in r.messages] for r in records] == expected  # type: ignore[union-attr]
+    texts = pair_of({"prompt": "q", "chosen": "a", "rejected": "b"})
+    assert [(record.prompt, record.completion) for record in texts] == [("q", "a"), ("q", "b")]  # type: ignore[union-attr]
 
 
 def test_long_samples() -> None:
@@ -205,6 +228,21 @@ def write_lines(path: Path, *values: Any) -> Path:
         ({"question": "?"}, "keys question are of no known shape"),
         ({"messages": [{"role": "human", "content": ""}]}, 'role "human" is unknown'),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no token to train on"),
+        ({"messages": [{"role": "assistant", "contents": "a"}]}, 'a turn without "content"'),
+        (
+            {"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "a"}]},
+            'a turn without "value"',
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "text": "a"}]}, 'a turn without "value"'),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}, "an empty answer"),
+        ({"prompt": "hi", "completion": ""}, "an empty text"),
+        (
+            {"messages": [{"role": "user", "content": "hi", "trained": True}, TALK["messages"][1]]},
+            "in a turn of role user",
+        ),
+        ({"instruction": "a", "output": "b", "history": 5}, '"history" is 5'),
+        ({"text": "a\ud800b"}, "half a character"),
+        ('{"text": ' + "[" * 99999 + "\n", "broken JSON"),
         ({"messages": [{"role": "user", "content": "hi " * 99}, TALK["messages"][1]]}, "more than data.seq_len = 64"),
     ],
 )

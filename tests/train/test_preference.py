@@ -167,6 +167,7 @@ def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp
     start = {"load_ckpt_info": {"path": str(tmp_path / "first" / "checkpoints" / str(STEPS))}}
     second = run_ranks(1, train, config_of(folder, lora={"rank": 4}, ckpt=start), tmp_path / "second")[0]["losses"]
     assert second[0] == pytest.approx(0.693147, rel=1e-5)
+    assert abs(second[1] - first[1]) > 1e-3  # had both lost the adapters, the two runs would be one
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
@@ -188,9 +189,14 @@ def test_what_does_not_go_with_pairs_is_refused(folder: Path, change: dict[str, 
     assert problem in "\n".join(find_problems(config_of(folder, **change)))
 
 
+ASKED, SAID = {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}
 BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "chosen": "b"}, r'a.jsonl, line 2: preference data needs "chosen" and "rejected"'),
-    ({"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}]}, "line 2: no token to train on"),
+    ({"prompt": "a", "chosen": "b", "rejected": [SAID]}, 'line 2: one of "chosen" and "rejected" is a text'),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, 'line 2: "chosen" and "rejected" are the same'),
+    ({"prompt": "a", "chosen": [SAID], "rejected": [ASKED, SAID]}, 'line 2: "rejected" has turns of a user'),
+    ({"chosen": [ASKED, SAID], "rejected": [SAID]}, "line 2: .* differ before their last turns"),
+    ({"chosen": [ASKED, SAID], "rejected": [{**ASKED, "content": "?"}, SAID]}, "line 2: .* different questions"),
     ({"prompt": "a", "chosen": 3, "rejected": "b"}, 'line 2: "prompt" and "chosen" must be'),
     ({"prompt": "a", "chosen": "b " * 200, "rejected": "b"}, "line 2: .* more than data.seq_len = 64"),
 ]
