@@ -76,7 +76,7 @@ def convert(arguments: argparse.Namespace) -> None:
         if not isinstance(reader, NativeReader):
             raise UserError("--adapter: checkpoints of 2023 hold no adapters")
         base = config.ckpt.load_ckpt_info
-        export_adapter(reader, arguments.tgt_folder, base.path if base is not None else "")
+        export_adapter(reader, arguments.tgt_folder, base.path if base is not None else "", arguments.force)
         return
     if arguments.max_pos is not None:
         if arguments.max_pos <= 0:

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from internlm.apis.generate import model_config, open_model, read_model, tokenizer_of
-from internlm.apis.harness import Scorer, open_tasks, run_tasks
+from internlm.apis.generate import check_length, model_config, open_model, read_model, tokenizer_of
+from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
 from internlm.data.tokenizer import check_tokenizer, open_tokenizer
@@ -53,7 +53,11 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     tokenizer = open_tokenizer(given.tokenizer) if given.tokenizer else tokenizer_of(reader, given.path)
     check_tokenizer(tokenizer, config)
     dtype = torch_dtype(f"torch.{given.dtype.removeprefix('torch.')}") if given.dtype else None
-    max_length = given.max_length or config.max_position_embeddings
+    max_length = config.max_position_embeddings if given.max_length is None else given.max_length
+    if max_length < 2:
+        raise UserError(f"--max_length {max_length}: must be at least 2")
+    check_length(max_length, config, f"--max_length {max_length}")
+    check_tasks(tasks, manager, max_length)
     stops = _stop_ids(given.path, config.vocab_size) if isinstance(reader, HFReader) else ()
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
     results = run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)

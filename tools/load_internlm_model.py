@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from internlm.apis.generate import open_model, read_model, stream
+from internlm.apis.generate import longest_text, open_model, read_model, stream
 from internlm.apis.sampling import Sampling
 from internlm.checkpoint.legacy.reader import LegacyReader, modern_section
 from internlm.checkpoint.legacy.resume import newest_legacy_folder
@@ -21,6 +21,9 @@ from internlm.config.schema import Config
 from internlm.model.transformer import Transformer
 from internlm.utils.device import default_device
 from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger, log_once
+
+logger = get_logger("load_internlm_model")
 
 _TOP_K = 40  # as in 2023
 
@@ -76,17 +79,19 @@ def internlm_interactive_generation(
     """The answer so far, after each new token.
 
     `tokenizer` is a sentencepiece processor or one of transformers; `generation_config` has max_length (the prompt's
-    tokens included), do_sample, temperature, top_p and repetition_penalty. Ends at eos or an additional id.
+    tokens included; at most what the model was made for), do_sample, temperature, top_p and repetition_penalty. Ends
+    at eos or an additional id.
     """
     is_sentencepiece = callable(getattr(tokenizer, "eos_id", None))
     ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)] if is_sentencepiece else list(tokenizer.encode(prompt))
     eos = tokenizer.eos_id() if is_sentencepiece else tokenizer.eos_token_id
     options = generation_config
-    room = options.max_length - len(ids)
+    limit = int(min(options.max_length, longest_text(model.config)))
+    if limit < options.max_length:
+        log_once(logger, f"max_length = {options.max_length}: the model was made for {limit}, an answer ends there")
+    room = limit - len(ids)
     if room < 1:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, max_length = {options.max_length} leaves none for an answer"
-        )
+        raise UserError(f"the prompt has {len(ids)} tokens, the limit of {limit} leaves none for an answer")
     penalty = options.repetition_penalty
     greedy, sampled = (
         Sampling(repetition_penalty=penalty),

@@ -129,7 +129,10 @@ def solve(program: str, seconds: int, memory_mb: int) -> tuple[float | None, str
     last = (result.output.strip().splitlines() or [""])[-1]
     if result.error is not None or not last.startswith(_RESULT):
         return None, result.error or "no value"
-    value = float(last.removeprefix(_RESULT))
+    try:
+        value = float(last.removeprefix(_RESULT))
+    except ValueError:  # the program printed such a line itself
+        return None, "no value"
     return (value, None) if math.isfinite(value) else (None, f"the value is {value}")
 
 

@@ -105,7 +105,7 @@ class Batcher:
 
         Raises UserError for a prompt that doesn't fit, BusyError when `max_waiting` requests wait already.
         """
-        check_prompt(prompt, self.model.config.vocab_size)
+        check_prompt(prompt, max_new_tokens, self.model.config)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if len(prompt) + max_new_tokens > self.max_length:

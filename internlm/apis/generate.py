@@ -1,5 +1,6 @@
 """Token generation with a key/value cache, for a batch of prompts of any lengths."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def generate(
     """The new tokens of each prompt, up to and including the first of `stop_ids`.
 
     `prompts` are token ids, with the bos token if the model expects one. Sampling draws from a generator of its own,
-    seeded by `seed`. Raises UserError for empty prompts and ids beyond the vocabulary.
+    seeded by `seed`. Raises UserError for empty prompts, ids beyond the vocabulary, and where a prompt and
+    `max_new_tokens` are more than the model was made for.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, sampling, stop_ids, seed):
@@ -161,13 +163,29 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     if not prompts:
         raise UserError("there is no prompt")
     for number, prompt in enumerate(prompts):
-        check_prompt(prompt, model.config.vocab_size, f"prompt {number}")
+        check_prompt(prompt, max_new_tokens, model.config, f"prompt {number}")
 
 
-def check_prompt(prompt: Sequence[int], vocab_size: int, name: str = "the prompt") -> None:
-    """Raises UserError for an empty prompt and for ids beyond the vocabulary."""
+def check_prompt(prompt: Sequence[int], max_new_tokens: int, config: ModelConfig, name: str = "the prompt") -> None:
+    """Raises UserError for an empty prompt, ids beyond the vocabulary, and no room for the answer."""
     if not len(prompt):
         raise UserError(f"{name} is empty; begin it with the bos token")
-    wrong = [token for token in prompt if not 0 <= token < vocab_size]
+    wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
     if wrong:
-        raise UserError(f"{name} holds token id {wrong[0]}, the model has ids 0 to {vocab_size - 1}")
+        raise UserError(f"{name} holds token id {wrong[0]}, the model has ids 0 to {config.vocab_size - 1}")
+    check_length(
+        len(prompt) + max_new_tokens, config, f"{name} has {len(prompt)} tokens, its answer {max_new_tokens} at most"
+    )
+
+
+def check_length(length: int, config: ModelConfig, what: str) -> None:
+    """Raises UserError, beginning with `what`, for a text of more tokens than the model was made for."""
+    limit = longest_text(config)
+    if length > limit:
+        raise UserError(f"{what}: the model was made for {limit} (max_position_embeddings); make it shorter")
+
+
+def longest_text(config: ModelConfig) -> float:
+    """Tokens that the model was made for; endless with dynamic scaling of the rotary embedding, which stretches."""
+    stretches = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
+    return math.inf if stretches else config.max_position_embeddings

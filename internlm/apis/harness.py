@@ -163,8 +163,7 @@ def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
             for row in scorer.track(rows, "generation"):
                 settings = _Generation.of(requests[row[0]].args[1])
                 room = max_length - settings.limit
-                if room < 1:
-                    raise UserError(f"a task wants {settings.limit} new tokens, the length is {max_length}")
+                _check_room(requests[row[0]].task_name, settings.limit, max_length)
                 prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in row]
                 texts = scorer.continuations(prompts, settings.until, settings.sampling, settings.limit)
                 for index, text in zip(row, texts, strict=True):
@@ -213,6 +212,21 @@ def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
     if unknown:
         raise UserError(f"tasks {', '.join(unknown)}: not known to lm_eval, nor in include_path {include_path}")
     return manager
+
+
+def check_tasks(tasks: Sequence[str], manager: Any, max_length: int) -> None:
+    """Raises UserError for one of `tasks` whose answers may take all of `max_length` tokens. Reads the tasks' data."""
+    for name, task in manager.load(list(tasks))["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            _check_room(name, _Generation.of(task.config.generation_kwargs or {}).limit, max_length)
+
+
+def _check_room(task: str, limit: int, max_length: int) -> None:
+    if limit >= max_length:
+        raise UserError(
+            f"task {task} asks for answers of {limit} tokens (generation_kwargs: max_gen_toks), and a text has at most "
+            f"{max_length} with its prompt: copy the task's YAML with fewer into include_path, or leave the task out"
+        )
 
 
 def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any] | None:

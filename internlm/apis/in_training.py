@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.apis.generate import check_prompt
-from internlm.apis.harness import Scorer, open_tasks, run_tasks
+from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.apis.sampling import Sampling
 from internlm.config.schema import Config
 from internlm.core.collectives import all_gather
@@ -37,7 +37,8 @@ def evaluated(
 ) -> Iterator[StepReport]:
     """`reports`, with answers and scores in every `evaluation.every`-th. Collective.
 
-    Raises UserError, before the first step, for prompts that the model cannot read and tasks that nobody knows.
+    Raises UserError, before the first step, for prompts that the model cannot read, tasks that nobody knows, and those
+    that want longer answers than the model was made for.
     """
     asked = config.evaluation
     if not asked.every:
@@ -54,10 +55,12 @@ class _Exam:
         check_tokenizer(tokenizer, config.model)
         self.prompts, stops = _prompts(config, tokenizer)
         for number, prompt in enumerate(self.prompts):
-            check_prompt(prompt, config.model.vocab_size, f"evaluation.prompts[{number}]")
+            check_prompt(prompt, self.asked.max_new_tokens, config.model, f"evaluation.prompts[{number}]")
         max_length = config.model.max_position_embeddings
         self.scorer = Scorer(model, tokenizer, max_length, stop_ids=stops, show_progress=False)
         self.tasks = open_tasks(self.asked.tasks, self.asked.include_path) if self.asked.tasks else None
+        if self.tasks is not None:
+            check_tasks(self.asked.tasks, self.tasks, max_length)
 
     def result(self, report: StepReport) -> StepReport:
         """The report, with what the model says now."""

@@ -45,7 +45,8 @@ class Result:
 def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
     """Run `code` with at most `seconds` of time (and of processor) and `memory_mb` of address space.
 
-    Whatever it started is ended with it. Output beyond 64 KB is an error in the code.
+    Processes that it started are ended with it, but for those that left its process group (setsid). Output beyond
+    64 KB is an error in the code.
     """
     with tempfile.TemporaryDirectory(prefix="internlm-code-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")

@@ -7,10 +7,10 @@ from typing import Any
 
 from internlm.checkpoint.hf_remote_code import REMOTE_CODE_FILES
 from internlm.checkpoint.hf_tokenizer import TOKENIZER_FILES
-from internlm.checkpoint.peft import ADAPTER_FILES
 from internlm.utils.errors import UserError, writing
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _WEIGHTS_AND_CONFIG = re.compile(r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 
 

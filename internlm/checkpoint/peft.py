@@ -9,29 +9,30 @@ from pathlib import Path
 from torch import Tensor
 
 from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split
-from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.hf_target import ADAPTER_FILES, prepare_folder, write_json
+from internlm.checkpoint.native import NativeReader, is_hf_folder
 from internlm.checkpoint.storage import Storage
-from internlm.checkpoint.tensor_file import write_bytes, write_tensors
-from internlm.utils.errors import UserError, writing
+from internlm.checkpoint.tensor_file import write_tensors
+from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
-
-def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> None:
+def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", force: bool = False) -> None:
     """Write the adapter of a checkpoint for `PeftModel.from_pretrained(base, folder)`.
 
-    `base`: the base model's folder or name, written into the config. Raises UserError for a run without LoRA.
+    `base`: the base model's folder, written into the config if its layers have the names that the adapter is for,
+    those of `default_layout`. `force`: replace an earlier export. Raises UserError for a run without LoRA.
     """
     config, folder = reader.config, Path(folder).expanduser()
     lora, model = config.lora, config.model
     if lora is None:
         raise UserError(f"{reader.path} has no adapter: its run had no lora section")
+    layout = default_layout(model)
     tensors: dict[str, Tensor] = {}
     modules = set()
-    for entry in entries(default_layout(model), native_shapes(model)):
+    for entry in entries(layout, native_shapes(model)):
         place, _, kind = entry.native.rpartition(".")
         if kind != "weight" or not reader.has(f"{place}.lora_a"):
             continue
@@ -42,10 +43,15 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> 
         modules.add(name.rpartition(".")[2])
         tensors[f"base_model.model.{name}.lora_A.weight"] = reader.read(f"{place}.lora_a").clone()
         tensors[f"base_model.model.{name}.lora_B.weight"] = rows[entry.index].reshape(-1, lora.rank).contiguous()
-    with writing(f"target folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    storage = Storage(str(folder))
-    write_tensors(storage, "adapter_model.safetensors", tensors, {"format": "pt"})
+    if not _has_layout(base, layout):
+        logger.warning(
+            f"base_model_name_or_path stays empty: {base or 'the base'} has other names of layers. Load the adapter on "
+            f"the base's own export in the layout {layout} (tools/convert2hf.py --arch {layout})"
+        )
+        base = ""
+    prepare_folder(folder, force)
+    tensor_file, config_file = ADAPTER_FILES
+    write_tensors(Storage(str(folder)), tensor_file, tensors, {"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -58,5 +64,12 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "") -> 
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_bytes(storage, "adapter_config.json", [json.dumps(settings, indent=2).encode() + b"\n"])
+    write_json(folder / config_file, settings)
     logger.info(f"exported the adapter to {folder}: {len(tensors)} tensors for {', '.join(sorted(modules))}")
+
+
+def _has_layout(base: str, layout: str) -> bool:
+    """Whether `base` is a folder that transformers opens with the names of `layout`."""
+    if not base or not is_hf_folder(base):
+        return False
+    return bool(json.loads(Storage(base).read("config.json")).get("model_type") == layout)

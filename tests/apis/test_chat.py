@@ -156,7 +156,7 @@ def test_mistakes_on_the_command_line_end_with_a_line(tmp_path: Path, capsys: py
     [
         ({"tokenizer": "nowhere"}, "nowhere does not exist"),
         ({"template": "nothing"}, "chat template 'nothing'"),
-        ({"max_length": 513}, "max_length 513: the model was made for 2 to 512"),
+        ({"max_length": 513}, "max_length 513: the model was made for 512"),
     ],
 )
 def test_wrong_options_are_named(chat_folder: Path, options: dict[str, object], message: str) -> None:

@@ -83,7 +83,7 @@ def test_stream_yields_what_generate_collects(model: Transformer) -> None:
 
 
 def test_a_stream_starts_before_it_ends(model: Transformer) -> None:
-    tokens = stream(model, [[1]], 1000)
+    tokens = stream(model, [[1]], 255)
     first = [next(tokens)[0] for _ in range(3)]
     assert first == generate(model, [[1]], 3)[0]
 
@@ -104,6 +104,7 @@ def test_a_seed_repeats_and_another_differs(model: Transformer) -> None:
         ([[1], []], 5, "prompt 1 is empty"),
         ([[1, 67]], 5, "token id 67, the model has ids 0 to 66"),
         ([[1]], 0, "max_new_tokens=0"),
+        ([[1], [1, 2, 3]], 254, "prompt 1 has 3 tokens, its answer 254 at most: the model was made for 256"),
     ],
 )
 def test_mistakes_are_named(model: Transformer, prompts: list[list[int]], max_new_tokens: int, message: str) -> None:

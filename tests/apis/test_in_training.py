@@ -183,8 +183,21 @@ def exam(rank: int, world_size: int, config: Config) -> None:
     [
         ({"model": {"vocab_size": 48}}, "the tokenizer has 1024 ids"),
         ({"data": {"type": "chat"}}, "no chat template"),
+        ({"evaluation": {"prompts": ("who " * 3000,)}}, r"evaluation.prompts\[0\] has .* the model was made for"),
     ],
 )
 def test_mistakes_are_found_before_the_first_step(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(AssertionError, match=problem):
         run_ranks(1, exam, config_of(**change))
+
+
+def test_a_task_with_too_long_answers_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"q": "1 and", "a": "2"}\n')
+    (tmp_path / "long.yaml").write_text(
+        f"task: long\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        'test_split: test\noutput_type: generate_until\ndoc_to_text: "{{q}}"\ndoc_to_target: a\n'
+        "metric_list: [{metric: exact_match}]\ngeneration_kwargs: {until: [x], max_gen_toks: 4096}\n"
+    )
+    asked = {"prompts": (), "tasks": ("long",), "include_path": str(tmp_path)}
+    with pytest.raises(AssertionError, match="task long asks for answers of 4096 tokens"):
+        run_ranks(1, exam, config_of(evaluation=asked))

@@ -57,7 +57,12 @@ def test_programs_of_the_examples() -> None:
 
 @pytest.mark.parametrize(
     ("program", "error"),
-    [("def solution(): return 'many'", "ValueError"), ("x = 1", "NameError"), ("def solution(): return 1e999", "inf")],
+    [
+        ("def solution(): return 'many'", "ValueError"),
+        ("x = 1", "NameError"),
+        ("def solution(): return 1e999", "inf"),
+        ("print('value of solution(): x'); raise SystemExit", "no value"),
+    ],
 )
 def test_programs_without_a_number(program: str, error: str) -> None:
     value, found = solve(program, 20, 512)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from internlm.checkpoint.hf import export_hf, parse_size
 from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split, to_interleaved
-from internlm.checkpoint.peft import ADAPTER_FILES
+from internlm.checkpoint.hf_target import ADAPTER_FILES
 from internlm.data.chat_template import BUILT_IN
 from internlm.utils.errors import UserError
 from tests.checkpoint.hf_models import CASES, named, tiny_run

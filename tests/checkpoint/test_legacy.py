@@ -1,5 +1,6 @@
 """Folders of every generation of 2023 hold what was put into them, and compute what transformers computes."""
 
+import os
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -136,6 +137,9 @@ def test_square_feed_forwards_are_ambiguous(tmp_path: Path) -> None:
     assert torch.equal(read, weights["model.layers.1.mlp.down_proj.weight"].bfloat16())
 
 
+MLP = "model.blocks.0.mlp.w1.weight"
+
+
 def _without(*names: str) -> Any:
     def damage(folder: Path) -> None:
         for name in names:
@@ -171,6 +175,14 @@ def _edit(name: str, change: Any) -> Any:
         (lambda folder: (folder / "model_tp0_wp0_pp0.pt").touch(), "mixes model files"),
         (lambda folder: (folder / "model_tp1_pp1.pt").write_bytes(b"PK"), "can't be read"),
         (lambda folder: torch.save([1], folder / "model_config.pt"), "holds a list"),
+        (lambda folder: torch.save([1], folder / "model_tp0_pp0.pt"), "holds a list"),
+        (lambda folder: os.truncate(folder / "model_tp1_pp0.pt", 5000), r"model_tp1_pp0\.pt can't be read"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({5: torch.ones(1)})), "holds 5: a Tensor"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({MLP: None})), f"{MLP}': a NoneType"),
+        (_edit("model_tp0_pp0.pt", lambda s: s.update({MLP: torch.ones(3)})), r"is \[3\], it needs 2 dimension"),
+        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: "text"})), f"{MLP}': a str"),
+        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP][0]})), f"{MLP} has shapes .* that don't join"),
+        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP].double()})), f"{MLP} is torch.* on different ranks"),
     ],
 )
 def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:

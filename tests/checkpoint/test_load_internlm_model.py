@@ -31,7 +31,7 @@ def options(**changes: object) -> SimpleNamespace:
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_text_grows(device: str, tiny_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from tests.checkpoint.test_legacy import llama
+    from tests.checkpoint.test_legacy import of_transformers
 
     generation = old.V021.at(tp=2, pp=2)
     weights = old.random_weights(generation, vocab=512)
@@ -45,12 +45,14 @@ def test_text_grows(device: str, tiny_tokenizer: Path, tmp_path: Path, caplog: p
     texts = list(internlm_interactive_generation(model, tokenizer, "def f(", options(), [511]))
 
     rounded = {key: value.bfloat16().float() for key, value in weights.items()}
-    theirs = llama(generation, rounded)
+    theirs = of_transformers(generation, rounded)
     ids = [1, *tokenizer.encode("def f(")]
     found = theirs.generate(torch.tensor([ids]), max_length=24, do_sample=False, eos_token_id=[2, 511], pad_token_id=2)
     answer = [token for token in found[0, len(ids) :].tolist() if token not in (2, 511)]
     assert len(texts) == len(answer) and texts[-1] == tokenizer.decode(answer)
     assert len(list(internlm_interactive_generation(model, tokenizer, "x", options(do_sample=True, max_length=9)))) <= 9
+    long = options(max_length=32768)  # as 2023's demo had it
+    assert len(list(internlm_interactive_generation(model, tokenizer, "def f(", long))) < 2048
     with pytest.raises(UserError, match="leaves none for an answer"):
         list(internlm_interactive_generation(model, tokenizer, "def f(" * 9, options()))
 

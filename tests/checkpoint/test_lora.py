@@ -1,5 +1,6 @@
 """Adapters: trained over every ZeRO class as on one rank, saved as PEFT's files, merged into exports."""
 
+import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: tuple[Path,
     # o_proj has no bias while q, k, v have: no Hugging Face layout but qwen2's holds that
     export_hf(base_reader.read, base_reader.config, tmp_path / "base", dtype="float32")
     export_adapter(reader, tmp_path / "adapter", str(tmp_path / "base"))
+    with pytest.raises(UserError, match="not empty"):
+        export_adapter(reader, tmp_path / "adapter")
     export_hf(reader.read, reader.config, tmp_path / "merged", dtype="float32")
     expected = logits_of(ours, IDS)
     before, _ = load_model(base, "cpu")
@@ -77,6 +80,21 @@ def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: tuple[Path,
     ):
         with torch.no_grad():
             torch.testing.assert_close(model(torch.tensor([IDS])).logits[0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_adapter_names_a_base_that_fits(
+    tuned: tuple[Path, list[float]], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = NativeReader(tuned[0])
+    for model_type in ("qwen2", "internlm2"):
+        (tmp_path / model_type).mkdir()
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
+    named = []
+    for path in (tmp_path / "qwen2", tmp_path / "internlm2", base):
+        export_adapter(reader, tmp_path / "adapter", str(path), force=True)
+        named.append(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert named == [str(tmp_path / "qwen2"), "", ""]
+    assert "in the layout qwen2" in caplog.text
 
 
 def test_the_base_stays_as_it_was(base: Path, tuned: tuple[Path, list[float]]) -> None:

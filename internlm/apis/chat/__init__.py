@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from internlm.apis.batching import Batcher
-from internlm.apis.generate import Progress, model_config, open_model, read_model, tokenizer_of
+from internlm.apis.generate import Progress, check_length, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.sampling import Sampling
 from internlm.apis.text_stream import TextStream
 from internlm.apis.tool_calls import parse_tool_calls
@@ -222,8 +222,10 @@ def load_chat(
     chat_template = _template(reader, folder) if template is None else find_template(template)
     config = model_config(reader)
     check_tokenizer(words, config)
-    if max_length is not None and not 1 < max_length <= config.max_position_embeddings:
-        raise UserError(f"max_length {max_length}: the model was made for 2 to {config.max_position_embeddings} tokens")
+    if max_length is not None:
+        if max_length < 2:
+            raise UserError(f"max_length {max_length}: a prompt and an answer are 2 tokens at least")
+        check_length(max_length, config, f"max_length {max_length}")
     model = read_model(reader, device, dtype, progress)
     length = max_length or min(config.max_position_embeddings, MAX_LENGTH)
     batcher = Batcher(model, num_rows, length, max_waiting)

@@ -110,6 +110,13 @@ class LegacyFolder:
             raise UserError(
                 f"{self.path}/{name} holds a {type(content).__name__}, which no version of 2023 wrote there"
             )
+        if name.startswith(("model_tp", "model_moe")):
+            for key, value in content.items():
+                if not isinstance(key, str) or not isinstance(value, Tensor):
+                    raise UserError(
+                        f"{self.path}/{name} holds {key!r}: a {type(value).__name__}, where names of tensors and "
+                        "tensors belong; the file is damaged, or another program wrote it"
+                    )
         return content
 
     # -- keys ---------------------------------------------------------------------------------------------------
@@ -186,7 +193,11 @@ class LegacyFolder:
         if key not in self._places:
             raise UserError(f"{self.path} lacks {key}: files of a stage are missing, or another program wrote them")
         place = self._places[key]
-        return tuple(self.read_file(self._files_of(place, False)[0].name)[place.key].shape)
+        file = self._files_of(place, False)[0]
+        shape, num_dims = tuple(self.shard(file, place.key).shape), 1 if key == "norm.weight" else 2
+        if len(shape) != num_dims:
+            raise UserError(f"{self.path}/{file.name}: {place.key} is {list(shape)}, it needs {num_dims} dimension(s)")
+        return shape
 
     def _check_all_known(self) -> None:
         known = {

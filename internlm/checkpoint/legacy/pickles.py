@@ -46,7 +46,7 @@ def read_pickle(storage: Storage, path: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise UserError(f"{storage.show(path)} is missing") from error
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (UnpicklingError, OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{storage.show(path)} can't be read: it is damaged, or holds something beside tensors, numbers and texts. "

@@ -86,11 +86,22 @@ class LegacyReader:
             ]
             if value is None:
                 value = torch.empty(shape, dtype=shards[0].dtype)
-            self._paste(value, row, join(row, shards, self.folder.is_isp), key)
+            self._paste(value, row, self._join(row, shards, key), key)
         assert value is not None
         if self._rearrange:
             return (to_half_split if self._interleaved else to_interleaved)(name, value)
         return value
+
+    def _join(self, row: Row, shards: list[Tensor], key: str) -> list[Tensor]:
+        """`join`, for shards that may be damaged."""
+        dtypes = {str(shard.dtype) for shard in shards}
+        if len(dtypes) > 1:
+            raise UserError(f"{self.path}: {key} is {' and '.join(sorted(dtypes))} on different ranks")
+        try:
+            return join(row, shards, self.folder.is_isp)
+        except (RuntimeError, IndexError, ValueError) as error:
+            shapes = ", ".join(str(list(shard.shape)) for shard in shards)
+            raise UserError(f"{self.path}: {key} has shapes on its ranks that don't join: {shapes}") from error
 
     def _paste(self, value: Tensor, row: Row, pieces: list[Tensor], key: str) -> None:
         for index, piece in zip(row.pieces, pieces, strict=True):
