@@ -110,7 +110,7 @@ class LegacyFolder:
             raise UserError(
                 f"{self.path}/{name} holds a {type(content).__name__}, which no version of 2023 wrote there"
             )
-        if name.startswith(("model_tp", "model_moe")):
+        if isinstance(content, dict) and name.startswith(("model_tp", "model_moe")):
             for key, value in content.items():
                 if not isinstance(key, str) or not isinstance(value, Tensor):
                     raise UserError(
