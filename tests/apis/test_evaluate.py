@@ -20,6 +20,8 @@ output_type: {kind}
 
 
 class Request:
+    task_name = "mine"
+
     def __init__(self, *args: Any) -> None:
         self.args = args
 
@@ -91,6 +93,9 @@ def test_the_command(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         CHOICES.format(name="next_number", data=tmp_path / "next.jsonl", kind="multiple_choice")
         + 'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
     )
+    for length, problem in (("100000", "the model was made for 512"), ("1", "must be at least 2")):
+        command = [str(chat_folder), "--tasks", "next_number", "--include_path", str(tmp_path), "--max_length", length]
+        assert main(command) == 2 and problem in capsys.readouterr().err
     scores = []
     for folder in (chat_folder, chat_folder.parent / "native"):
         output = tmp_path / "scores.json"
