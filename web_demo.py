@@ -29,7 +29,7 @@ from internlm.utils.errors import UserError
 from internlm.utils.logger import setup_logging
 
 MAX_CONVERSATIONS = 64  # kept for reloads, the newest
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+_FENCE = re.compile(r"^```([\w+#-]*)[^`\n]*\n(.*?)(?:^```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -130,7 +130,8 @@ def answer(conversation: Conversation, pieces: Iterator[str]) -> None:
         try:
             for piece in pieces:
                 text += piece
-                place.markdown(without_images(text) + " ▌")
+                with place.container():
+                    write(text + " ▌")
         except BusyError:
             st.warning("Too many others are waiting; try again in a moment.")
             st.stop()
@@ -144,9 +145,9 @@ def show(message: Message) -> None:
     """One turn; functions that the model asks for are shown and not run."""
     with st.chat_message("user" if message.role == "user" else "assistant"):
         content, calls = parse_tool_calls(message.content) if message.role == "assistant" else (message.content, ())
-        st.markdown(without_images(content))
+        write(content)
         for call in calls:
-            st.caption(f"asks for {call.name}; nothing was run")
+            st.caption(without_images(f"asks for {call.name}; nothing was run"))
             if "code" in call.arguments:
                 st.code(call.arguments["code"], language="python")
             else:
@@ -154,9 +155,23 @@ def show(message: Message) -> None:
 
 
 def without_images(text: str) -> str:
-    """Markdown that loads nothing: an image's address could carry what was said to another machine."""
-    parts = _CODE.split(text)  # every second one is code
-    return "".join(part if number % 2 else part.replace("![", "!\\[") for number, part in enumerate(parts))
+    """Markdown that loads nothing: an image's address could carry what was said to another machine.
+
+    Code is no exception: what is code, only the browser's own reader of Markdown knows.
+    """
+    return text.replace("![", "!\\[")
+
+
+def write(text: str) -> None:
+    """Shows Markdown. Fenced code keeps every character: the element that shows it reads no Markdown."""
+    end = 0
+    for fence in [*_FENCE.finditer(text), None]:
+        prose = text[end : fence.start() if fence else None]
+        if prose.strip():
+            st.markdown(without_images(prose))
+        if fence:
+            st.code(fence[2].removesuffix("\n"), language=fence[1] or None)
+            end = fence.end()
 
 
 main()

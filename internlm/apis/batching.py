@@ -171,7 +171,13 @@ class Batcher:
             self._advance(row, request, logits[row : row + 1])
 
     def _advance(self, row: int, request: _Request, logits: Tensor) -> None:
-        token = request.add(logits)
+        try:
+            token = request.add(logits)
+        except Exception as error:  # its own settings made it fail: the others go on
+            logger.exception("a request failed")
+            request.tokens.put(error)
+            self._free(row)
+            return
         self._next[row] = token
         if request.is_done(token):
             request.tokens.put(None)

@@ -14,7 +14,7 @@ from internlm.config.schema import ModelConfig
 from internlm.data.tokenizer import Tokenizer, open_tokenizer
 from internlm.model.attention import KVCache
 from internlm.model.transformer import Transformer
-from internlm.utils.device import default_device
+from internlm.utils.device import find_device
 from internlm.utils.errors import UserError
 
 Progress = Callable[[int, int], None]  # told (tensors read, tensors) while a model is read
@@ -61,7 +61,7 @@ def read_model(
     progress: Progress | None = None,
 ) -> Transformer:
     """The model of an opened folder; see `load_model`."""
-    target = default_device() if device is None else torch.device(device)
+    target = find_device(device)
     config = model_config(reader)
     fp32_norm = not isinstance(reader, HFReader) and reader.config.use_fp32_norm
     if dtype is not None:

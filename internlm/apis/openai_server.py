@@ -17,7 +17,7 @@ from internlm.apis.batching import BusyError
 from internlm.apis.chat import ChatModel, Reply, ReplyOptions
 from internlm.apis.sampling import Sampling
 from internlm.apis.tool_calls import before_calls
-from internlm.data.message import Message, ToolCall
+from internlm.data.message import Message, ToolCall, messages_of
 from internlm.utils.errors import UserError
 
 NAME_OF_2023 = "internlm"  # what the server of 2023 called its model, with paths /internlm/...
@@ -139,6 +139,7 @@ def build_app(chat: ChatModel) -> Any:
     try:
         import fastapi
         from fastapi.responses import JSONResponse, StreamingResponse
+        from starlette.exceptions import HTTPException
     except ImportError as error:
         raise UserError(
             f'serving needs a package that is missing ({error.name}): pip install "internlm[serve]"'
@@ -154,6 +155,14 @@ def build_app(chat: ChatModel) -> Any:
         parts = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
         return refuse(400, "; ".join(parts))
 
+    @app.exception_handler(HTTPException)  # no such path or method, a body that is no text
+    async def not_served(_: fastapi.Request, error: HTTPException) -> Any:
+        return refuse(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def our_mistake(_: fastapi.Request, error: Exception) -> Any:
+        return refuse(500, f"the server failed: {type(error).__name__}", "server_error")
+
     @app.get("/v1/models")
     @app.get("/internlm/models")
     async def models() -> Any:
@@ -166,7 +175,7 @@ def build_app(chat: ChatModel) -> Any:
             return refuse(404, f"model {body.model!r} is not served here, {chat.name!r} is", code="model_not_found")
         try:
             options = body.options(chat)
-            reply = chat.reply([Message.of(turn) for turn in body.messages], options)
+            reply = chat.reply(messages_of(body.messages), options)
         except UserError as error:
             return refuse(400, str(error))
         except BusyError as error:
@@ -210,6 +219,7 @@ def _tool_calls(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
 
 
 def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    message = message.encode("utf-8", "replace").decode()  # what it cites may hold half characters
     return {"message": message, "type": kind, "param": None, "code": code}
 
 

@@ -1,11 +1,15 @@
 """From logits to the next token. Pure functions over fp32 logits [batch, vocab]."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from internlm.utils.errors import UserError
+
+_COLDEST = 1e-5  # below this temperature the likeliest is taken: fp32 logits divided by less would overflow
+_PENALTIES = (0.01, 100.0)  # beyond these, fp32 logits would overflow
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,12 @@ class Sampling:
     repetition_penalty: float = 1.0  # > 1: tokens of the prompt and the output so far become less likely
 
     def __post_init__(self) -> None:
+        penalty, (low, high) = self.repetition_penalty, _PENALTIES
         problems = {
-            f"temperature={self.temperature} must not be negative": self.temperature < 0,
+            f"temperature={self.temperature} must be 0 or a positive number": not 0 <= self.temperature < math.inf,
             f"top_k={self.top_k} must not be negative": self.top_k < 0,
             f"top_p={self.top_p} must be above 0 and at most 1": not 0 < self.top_p <= 1,
-            f"repetition_penalty={self.repetition_penalty} must be positive": self.repetition_penalty <= 0,
+            f"repetition_penalty={penalty} must be from {low} to {high}": not low <= penalty <= high,
         }
         found = [text for text, is_wrong in problems.items() if is_wrong]
         if found:
@@ -34,7 +39,7 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:
         """logits [batch, vocab], seen bool [batch, vocab] -> int64 [batch]."""
         logits = penalise_repetition(logits.float(), seen, self.repetition_penalty)
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return logits.argmax(dim=-1)
         logits = keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

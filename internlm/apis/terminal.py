@@ -1,6 +1,7 @@
 """The terminal chat: `python -m internlm.apis.chat PATH`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ HELP = """/help             this list
 /save FILE        write the conversation as a line of JSON, in the form that fine-tuning reads
 /exit             leave (as does Ctrl-D); Ctrl-C stops an answer
 A line that ends with a backslash goes on in the next one."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and new line
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +114,7 @@ class Terminal:
                 self.say(f"there is no command {name}; /help lists them", "red")
             elif line:
                 self.show(self.conversation.ask(line, self.options))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, RuntimeError) as error:  # RuntimeError: the answer was broken off
             self.say(str(error), "red")
 
     def show(self, pieces: Iterator[str]) -> None:
@@ -122,7 +125,7 @@ class Terminal:
             try:
                 for piece in pieces:
                     text += piece
-                    live.update(Markdown(text))
+                    live.update(Markdown(shown(text)))
             except KeyboardInterrupt:
                 stopped = True
                 pieces.close()  # type: ignore[attr-defined]
@@ -145,13 +148,13 @@ class Terminal:
         if name:
             self.options = changed(self.options, name, value.strip())
         sampling = self.options.sampling
-        shown = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
-        shown |= {"max_new_tokens": self.options.max_new_tokens, "seed": self.options.seed}
-        self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
+        values = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+        values |= {"max_new_tokens": self.options.max_new_tokens, "seed": self.options.seed}
+        self.say("  ".join(f"{key} {value}" for key, value in values.items()))
 
     def history(self, _: str) -> None:
         for message in self.conversation.messages:
-            self.console.print(Text(f"{message.role}: ", "bold") + Text(message.content))
+            self.console.print(Text(f"{message.role}: ", "bold") + Text(shown(message.content)))
         if not self.conversation.messages:
             self.say("nothing was said yet")
 
@@ -167,7 +170,12 @@ class Terminal:
         self.say(f"added to {name}")
 
     def say(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(shown(text), style))
+
+
+def shown(text: str) -> str:
+    """Text without the characters that command a terminal, such as ESC; each becomes U+FFFD."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def changed(options: ReplyOptions, name: str, value: str) -> ReplyOptions:

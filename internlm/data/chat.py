@@ -199,7 +199,7 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     """The samples of a jsonl, json, parquet or arrow file. Raises UserError naming the file and line that is broken."""
     template = recipe.template
     parts = (
-        *("chat, literal and chosen turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
+        *("chat, guarded and chosen turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
         *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples), str(recipe.pairs)),
     )

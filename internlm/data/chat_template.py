@@ -72,11 +72,13 @@ class ChatTemplate:
     ) -> "Written":
         """The conversation's text; with `add_generation_prompt` it ends where the assistant is to go on.
 
-        `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in a turn
-        that is not the assistant's is literal. Raises UserError for turns that the template refuses.
+        `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in
+        `tools`, in names, and in a turn that is not the assistant's is literal. Raises UserError for turns that the
+        template refuses.
         """
         template = _compiled(self.source, self.name)
         turns = [_guarded(message, control).as_dict() for message in messages]
+        tools = _guarded_texts(tools, control)
         try:
             marked = template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
@@ -109,9 +111,25 @@ _MARK, _GUARD = (f"mark{secrets.token_hex(16)}" for _ in range(2))
 
 
 def _guarded(message: Message, control: "re.Pattern[str] | None") -> Message:
-    if control is None or message.role == "assistant":
-        return message
-    return replace(message, content=control.sub(lambda found: _GUARD + found[0], message.content))
+    name = _guarded_texts(message.name, control)
+    return replace(
+        message,
+        content=message.content if message.role == "assistant" else _guarded_texts(message.content, control),
+        name=name,
+    )
+
+
+def _guarded_texts(value: Any, control: "re.Pattern[str] | None") -> Any:
+    """A value as JSON has it, its texts and keys guarded."""
+    if control is None:
+        return value
+    if isinstance(value, str):
+        return control.sub(lambda found: _GUARD + found[0], value)
+    if isinstance(value, Mapping):
+        return {_guarded_texts(key, control): _guarded_texts(inner, control) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_guarded_texts(inner, control) for inner in value]
+    return value
 
 
 class _Generation(Extension):

@@ -1,8 +1,8 @@
 """Turns of a conversation, in the one form that readers of data and chat programs make of all others."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from internlm.utils.errors import UserError
@@ -43,6 +43,8 @@ class Message:
         trained = value.get("weight") if value.get("trained") is None else value["trained"]
         if trained not in (None, 0, 1):
             raise UserError(f'"trained" (or "weight") is {short(trained)}; expected true or false.')
+        if not isinstance(value.get("name"), str | None):
+            raise UserError(f'"name" is {short(value["name"])}; expected a text.')
         calls = value.get("tool_calls") or []
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise UserError(f'"tool_calls" is {short(calls)}; expected a list.')
@@ -67,6 +69,21 @@ class Message:
                 for call in self.tool_calls
             ]
         return turn
+
+
+def messages_of(values: Iterable[Any]) -> list[Message]:
+    """Turns as `Message.of` reads them; a tool's result with a "tool_call_id" gets the name of that call."""
+    names: dict[Any, str] = {}
+    found = []
+    for value in values:
+        message = value if isinstance(value, Message) else Message.of(value)
+        if isinstance(value, Mapping):
+            calls = zip(value.get("tool_calls") or [], message.tool_calls, strict=True)
+            names |= {str(given["id"]): call.name for given, call in calls if given.get("id") is not None}
+            if message.name is None and value.get("tool_call_id") is not None:
+                message = replace(message, name=names.get(str(value["tool_call_id"])))
+        found.append(message)
+    return found
 
 
 def short(value: Any) -> str:

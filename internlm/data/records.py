@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from internlm.data.message import Message, short
+from internlm.data.message import Message, messages_of, short
 from internlm.utils.errors import UserError
 
 _SHAREGPT_ROLES = {
@@ -113,9 +113,10 @@ def _joined(prompt: Any, answer: Any, value: Mapping[str, Any], key: str) -> Rec
         answer = [{"role": "assistant", "content": answer}]
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise UserError(f'"prompt" and "{key}" must be texts or lists of messages, found {short(prompt)}.')
-    asked, answered = [Message.of(turn) for turn in prompt], [Message.of(turn) for turn in answer]
-    if answered[: len(asked)] == asked:
-        answered = answered[len(asked) :]
+    asked, whole = messages_of(prompt), messages_of(answer)
+    if whole[: len(asked)] != asked:  # it is the answer alone; results in it may be of calls in the prompt
+        whole = messages_of([*prompt, *answer])
+    answered = whole[len(asked) :]
     if key != "completion" and any(turn.role == "user" for turn in answered):
         raise UserError(
             f'"{key}" has turns of a user, but does not begin with "prompt"; give whole conversations without '
@@ -132,7 +133,7 @@ def _chosen(turn: Message, trained: bool) -> Message:
 def _conversation(turns: list[Any], value: Mapping[str, Any]) -> Conversation:
     if not isinstance(turns, list):
         raise UserError(f'"messages" is {short(turns)}; expected a list.')
-    messages = [turn if isinstance(turn, Message) else Message.of(turn) for turn in turns]
+    messages = messages_of(turns)
     system = value.get("system")
     if isinstance(system, str) and system:
         messages.insert(0, Message("system", system))

@@ -36,6 +36,8 @@ INTERNLM2_NAMES = {
 # A piece that a sentencepiece model keeps whole is for control if it looks like this; others are rare characters.
 _CONTROL_LIKE = re.compile(r"<\S+>|\[\S+\]")
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can spell them, UTF-8 can't
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -136,6 +138,8 @@ class _InParts(ABC):
         return self.locate(text, literal).ids.tolist()
 
     def locate(self, text: str, literal: Collection[int] = ()) -> Encoding:
+        if half := _SURROGATE.search(text):
+            raise UserError(f"character {half.start()} is {half[0]!r}, half of a UTF-16 pair and no text; remove it")
         cuts = [0, *(place + 1 for place in sorted(literal)), len(text)]
         return _joined((self._locate(text[start:stop]), start) for start, stop in pairwise(cuts) if start < stop)
 

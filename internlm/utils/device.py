@@ -77,6 +77,20 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device of a name such as "cuda:1", None: `default_device`. Raises UserError where there is no such device."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {str(name)!r} can't be used ({reason}); here are {', '.join(here)}") from error
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has finished what was queued; nothing to wait for on a CPU."""
     if device.type == "cuda":

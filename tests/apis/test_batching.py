@@ -99,6 +99,19 @@ def test_a_failure_ends_its_answers_and_not_the_worker(model: Transformer, monke
         assert list(batcher.stream([1], 5)) == generate(model, [[1]], 5)[0]
 
 
+def test_one_failing_request_leaves_the_others(model: Transformer) -> None:
+    class Broken(Sampling):
+        def choose(self, *_: object) -> torch.Tensor:
+            raise ValueError("no such probability")
+
+    with Batcher(model, 2, max_length=40) as batcher:
+        answer = batcher.stream([1], 30)
+        first = next(answer)
+        with pytest.raises(RuntimeError, match="broken off: no such probability"):
+            list(batcher.stream([2], 5, Broken()))
+        assert [first, *answer] == generate(model, [[1]], 30)[0]
+
+
 def test_closing_ends_answers_with_an_error(model: Transformer) -> None:
     batcher = Batcher(model, 1, max_length=10_000)
     endless = batcher.stream([1], 9_000)

@@ -1,16 +1,19 @@
 """Conversations with a model that knows some by heart; prompts equal to transformers' of the same folder."""
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from internlm.apis.chat import ChatModel, Conversation, ReplyOptions, load_chat
 from internlm.apis.sampling import Sampling
-from internlm.apis.terminal import main
+from internlm.apis.terminal import Terminal, main
 from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
 from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, SECOND
@@ -122,7 +125,8 @@ def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "said.jsonl"
     command = [sys.executable, "-m", "internlm.apis.chat", str(chat_folder), "--temperature=0", "--device=cpu"]
     lines = (
-        "hello\n/nonsense\n/set top_p 2\n/set max_new_tokens 50\n/system be kind\n/system -\nand \\\nagain?\n"
+        "hello\n/nonsense\n/set top_p 2\n/set temperature nan\n/set seed 99999999999999999999\n"
+        "/set max_new_tokens 50\n/system be kind\n/system -\nand \\\nagain?\n"
         f"/history\n/save {file}\n/clear\n/again\nweather?\n/exit\nnever read"
     )
     done = subprocess.run(
@@ -134,6 +138,8 @@ def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
         ANSWERS[HELLO],
         "there is no command /nonsense",
         "top_p=2.0 must be above 0",
+        "temperature=nan must be 0 or a positive number",
+        "seed=99999999999999999999 must fit in 64 bits",
         "max_new_tokens 50",
         "be kind",
         "no system text",
@@ -143,6 +149,24 @@ def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
         assert text in shown, shown
     turns = json.loads(file.read_text())["messages"]
     assert [turn["content"] for turn in turns[:3]] == [HELLO, ANSWERS[HELLO], "and \nagain?"]
+
+
+def test_the_terminal_obeys_the_user_alone(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's text can't command it, and an answer that breaks off doesn't end the chat."""
+    console = Console(file=io.StringIO(), force_terminal=False)
+    terminal = Terminal(Conversation(chat), GREEDY, console)
+    terminal.show(iter(["a\x1b]52;c;YQ==\x07", "b\x9b31m\tc"]))
+    terminal.conversation.messages = [Message("user", "d\x1b[2J")]
+    terminal.history("")
+
+    def broken(*_: object) -> Iterator[str]:
+        raise RuntimeError("the answer was broken off")
+
+    monkeypatch.setattr(terminal.conversation, "ask", broken)
+    terminal.handle("hello")
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert not set("\x1b\x07\x9b") & set(said)
+    assert "a\ufffd]52;c;YQ==\ufffdb" in said and "d\ufffd[2J" in said and "broken off" in said
 
 
 def test_mistakes_on_the_command_line_end_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,11 +181,15 @@ def test_mistakes_on_the_command_line_end_with_a_line(tmp_path: Path, capsys: py
         ({"tokenizer": "nowhere"}, "nowhere does not exist"),
         ({"template": "nothing"}, "chat template 'nothing'"),
         ({"max_length": 513}, "max_length 513: the model was made for 512"),
+        ({"num_rows": 0}, "num_rows=0 must be at least 1"),
+        ({"max_waiting": -1}, "max_waiting=-1 not negative"),
+        ({"device": "foo"}, "device 'foo' can't be used .*; here are cpu"),
+        ({"device": "cuda:99"}, "device 'cuda:99' can't be used"),
     ],
 )
 def test_wrong_options_are_named(chat_folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_chat(chat_folder, device="cpu", **options)  # type: ignore[arg-type]
+        load_chat(chat_folder, **{"device": "cpu", **options})  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_of_another_model_is_refused(chat_folder: Path, tiny_tokenizer: Path) -> None:

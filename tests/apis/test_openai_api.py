@@ -4,6 +4,8 @@ import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -134,12 +136,40 @@ def test_a_stream_that_is_left_frees_its_row(client: Any, chat: ChatModel) -> No
         ({"messages": [{"role": "robot", "content": ""}]}, 400, 'role "robot" is unknown'),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the limit is 512"),
         ({"messages": []}, 400, "messages: "),
+        ({"seed": 2**64}, 400, "seed=18446744073709551616 must fit"),
+        ({"extra_body": {"repetition_penalty": 1e-40}}, 400, "repetition_penalty=1e-40"),
     ],
 )
 def test_refusals(client: Any, options: dict[str, Any], status: int, message: str) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         ask(client, HELLO, **options)
     assert refused.value.status_code == status and message in refused.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "chat/completions", rb'{"model": "hf", "messages": [{"role": "user", "content": "a\ud800b"}]}', 400),
+        ("POST", "chat/completions", rb'{"model": "hf", "messages": [{"role": "a\ud800b"}]}', 400),
+        ("POST", "chat/completions", b"\xff", 400),
+        ("GET", "chat/completions", b"", 405),
+        ("GET", "nowhere", b"", 404),
+    ],
+)
+def test_every_error_is_an_object_of_openai(client: Any, method: str, path: str, content: bytes, status: int) -> None:
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{client.base_url}{path}", content or None, headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == status
+    assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
+
+
+def test_our_own_mistakes_too(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChatModel, "prompt_of", lambda *_: 1 / 0)
+    with pytest.raises(openai.InternalServerError) as failed:
+        ask(client, HELLO, extra_headers={"connection": "close"})
+    assert failed.value.body["message"] == "the server failed: ZeroDivisionError"
 
 
 def test_paths_of_2023(client: Any) -> None:

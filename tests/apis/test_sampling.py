@@ -1,5 +1,7 @@
 """Logits processing equal to transformers' processors; draws follow the probabilities."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -68,8 +70,22 @@ def test_greedy_takes_the_likeliest(logits: torch.Tensor) -> None:
     assert torch.equal(Sampling().choose(logits, seen, torch.Generator()), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 1e-5])
+def test_the_coldest_sampling_is_greedy(logits: torch.Tensor, temperature: float) -> None:
+    seen = torch.ones(5, 101, dtype=torch.bool)
+    for penalty in (0.01, 100.0):
+        cold = Sampling(temperature, repetition_penalty=penalty)
+        greedy = Sampling(repetition_penalty=penalty).choose(logits, seen, torch.Generator())
+        assert torch.equal(cold.choose(logits, seen, torch.Generator()), greedy)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}]
+    "wrong",
+    [
+        *({"temperature": value} for value in (-1.0, math.nan, math.inf)),
+        *({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}),
+        *({"repetition_penalty": value} for value in (0.0, 1e-40, 1e40, math.nan)),
+    ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):

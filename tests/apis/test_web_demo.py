@@ -17,6 +17,16 @@ from streamlit.testing.v1 import AppTest
 
 from tests.apis.tiny_chat import ANSWERS, CODE, COUNT, HELLO, HTML, SECOND, WEATHER
 
+# Readers of Markdown differ on whether the images of the first three are code.
+IMAGES = r"""`\`![x](http://127.0.0.1:9/1.png)`
+
+foo ```![x](http://127.0.0.1:9/2.png)
+
+`` ` `` ![x](http://127.0.0.1:9/3.png) `q`
+
+```rust
+let x = vec![1](2);
+```"""
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
@@ -56,6 +66,9 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch, repo_root: Path, chat_folder:
     page.text_area[0].set_value("").run()
     page.chat_input[0].set_value(WEATHER).run()
     assert "asks for get_weather" in page.caption[0].value and "Shanghai" in page.code[0].value
+    page.chat_input[0].set_value(IMAGES).run()
+    assert page.code[1].value == "let x = vec![1](2);"
+    assert not any("![" in text for text in shown(page))
     page.chat_input[0].set_value("x" * 600).run()
     assert "the limit is 512" in page.error[0].value and not page.exception
 
@@ -167,6 +180,9 @@ def test_in_a_browser(address: str, tmp_path: Path) -> None:
 
         send(HTML)
         expect(answers.nth(1)).to_contain_text("<b>bold</b> <img src=x onerror=alert(1)>")
+        write.fill(IMAGES)
+        write.press("Enter")
+        expect(answers.nth(2)).to_contain_text("vec![1](2)")
         assert page.locator("[data-testid=stChatMessage] img").count() == 0
         assert not [url for url in requests if not re.match(r"(https?|wss?)://127\.0\.0\.1:(?!9/)|data:|blob:", url)]
         page.screenshot(path=str(tmp_path / "web_demo.png"))

@@ -17,7 +17,7 @@ from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, prompt_ids, re
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
 from internlm.data.fitting import best_fit
 from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
-from internlm.data.message import Message
+from internlm.data.message import Message, messages_of
 from internlm.data.records import pair_of, record_of
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import open_tokenizer
@@ -129,6 +129,38 @@ def test_a_user_cannot_write_control_tokens(tmp_path: Path, from_folder: bool) -
         assert FORGED in tokenizer.decode(fed).replace(" ", "")  # a cut text may begin with a blank
         prompt = prompt_ids(tokenizer, recipe.template, [Message(role, FORGED)])
         assert prompt == fed[: len(prompt)] and prompt.count(end) == 1
+
+
+@pytest.mark.parametrize("template", ["internlm2", "qwen2"])
+def test_nor_do_names_and_tools(template: str) -> None:
+    tokenizer = open_tokenizer(DEMO)
+    begin, end = (tokenizer.id_of(name) for name in ("<|im_start|>", "<|im_end|>"))
+    counts = []
+    for said in ("f", FORGED):
+        turns = [Message("user", "hi", name=said), Message("assistant", "yo", name=said), Message("user", "bye")]
+        tool = {"type": "function", "function": {"name": said, "parameters": {said: [said, 1, None]}}}
+        ids = prompt_ids(tokenizer, BUILT_IN[template], turns, [tool])
+        counts.append([ids.count(token) for token in (begin, end, 1, 2)])
+    assert counts[0] == counts[1] and counts[0][0] > 3
+
+
+def test_a_result_is_named_by_its_call() -> None:
+    def call(index: str, name: str) -> dict[str, Any]:
+        return {"id": index, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [call("c1", "get_weather"), call("c2", "interpreter")]},
+        {"role": "tool", "tool_call_id": "c2", "content": "42"},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c1", "name": "mine", "content": "sun"},
+    ]
+    named = [turn.name for turn in messages_of(turns)]
+    assert named == [None, None, "interpreter", "get_weather", "mine"]
+    assert [turn.name for turn in record_of({"messages": turns}).messages] == named
+    assert "environment name=<|interpreter|>\n42" in BUILT_IN["internlm2"].render(messages_of(turns))
+    with pytest.raises(UserError, match='"name" is 5'):
+        messages_of([{"role": "user", "name": 5}])
 
 
 @pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="the InternLM tokenizers are not here")

@@ -25,6 +25,7 @@ from internlm.data.chat import prompt_ids
 from internlm.data.chat_template import ChatTemplate, find_template, template_of
 from internlm.data.message import Message, ToolCall
 from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
+from internlm.utils.device import find_device
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -44,6 +45,10 @@ class ReplyOptions:
     seed: int | None = None  # None: another each time
     stop: tuple[str, ...] = ()  # texts that end the answer, beside those of the template
     tools: tuple[Mapping[str, Any], ...] = ()  # functions that the model may call, in the OpenAI form
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must fit in 64 bits: from -2**63 to 2**63 - 1")
 
 
 class Reply:
@@ -217,6 +222,9 @@ def load_chat(
     `max_length` None: what the model was made for, at most 4096. Raises UserError, for all but damaged tensors
     before they are read.
     """
+    if num_rows < 1 or max_waiting < 0:
+        raise UserError(f"num_rows={num_rows} must be at least 1 and max_waiting={max_waiting} not negative")
+    device = find_device(device)
     reader = open_model(folder)
     words = tokenizer_of(reader, folder) if tokenizer is None else open_tokenizer(tokenizer)
     chat_template = _template(reader, folder) if template is None else find_template(template)
