@@ -86,6 +86,11 @@ class Batcher:
         """Memory of the key/value cache."""
         return 2 * sum(keys.nbytes for keys in self._cache.keys)
 
+    @property
+    def max_requests(self) -> int:
+        """Requests that are answered or wait at once, at most."""
+        return len(self._rows) + self.max_waiting
+
     def close(self) -> None:
         """Ends the worker; answers that are under way end with an error."""
         with self._changed:
@@ -100,8 +105,8 @@ class Batcher:
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
         seed: int = 0,
-    ) -> Iterator[int]:
-        """The answer's tokens as they come, up to and including a stop id. Closing the iterator frees the row.
+    ) -> "Tokens":
+        """The answer's tokens as they come, up to and including a stop id. Closing frees the row.
 
         Raises UserError for a prompt that doesn't fit, BusyError when `max_waiting` requests wait already.
         """
@@ -120,11 +125,12 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
             if len(self._waiting) >= self.max_waiting:
                 raise BusyError(f"{len(self._waiting)} requests wait already")
             self._waiting.append(request)
             self._changed.notify()
-        return _tokens_of(request)
+        return Tokens(request)
 
     def _work(self) -> None:
         while True:
@@ -197,11 +203,22 @@ class Batcher:
             self._free(row)
 
 
-def _tokens_of(request: _Request) -> Iterator[int]:
-    try:
-        while (token := request.tokens.get()) is not None:
-            if isinstance(token, Exception):
-                raise RuntimeError(f"the answer was broken off: {token}") from token
-            yield token
-    finally:
-        request.cancelled = True
+class Tokens(Iterator[int]):
+    """The tokens of one request. It may be closed by another thread than the one that waits for a token."""
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+
+    def __next__(self) -> int:
+        token = None if self._request.cancelled else self._request.tokens.get()
+        if isinstance(token, int):
+            return token
+        self._request.cancelled = True
+        if token is None:
+            raise StopIteration
+        raise RuntimeError(f"the answer was broken off: {token}") from token
+
+    def close(self) -> None:
+        """Gives the row, or the place among the waiting, back."""
+        self._request.cancelled = True
+        self._request.tokens.put(None)  # for a thread that waits

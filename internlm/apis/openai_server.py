@@ -4,10 +4,12 @@ The only place that needs fastapi (requirements/serve.txt). What a request asks 
 refused; only settings that don't change an answer are ignored.
 """
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,8 @@ from internlm.data.message import Message, ToolCall, messages_of
 from internlm.utils.errors import UserError
 
 NAME_OF_2023 = "internlm"  # what the server of 2023 called its model, with paths /internlm/...
+
+_WATCH_EVERY = 0.2  # seconds between looks at whether a client is still there
 
 
 class StreamOptions(BaseModel):
@@ -83,6 +87,7 @@ class _Answer:
     reply: Reply
     model: str
     with_calls: bool
+    pieces: AsyncIterator[str]
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -101,7 +106,7 @@ class _Answer:
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             sent = 0
-            async for _ in pieces_of(self.reply):
+            async for _ in self.pieces:
                 sure = before_calls(self.reply.text) if self.with_calls else self.reply.text
                 if len(sure) > sent:
                     yield self._chunk({"content": sure[sent:]})
@@ -139,12 +144,12 @@ def build_app(chat: ChatModel) -> Any:
     try:
         import fastapi
         from fastapi.responses import JSONResponse, StreamingResponse
-        from starlette.exceptions import HTTPException
     except ImportError as error:
         raise UserError(
             f'serving needs a package that is missing ({error.name}): pip install "internlm[serve]"'
         ) from error
 
+    threads = ThreadPoolExecutor(chat.batcher.max_requests, "reply")  # the server's own 40 may all be waiting
     app = fastapi.FastAPI(title=f"internlm: {chat.name}")
 
     def refuse(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> Any:
@@ -155,9 +160,11 @@ def build_app(chat: ChatModel) -> Any:
         parts = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
         return refuse(400, "; ".join(parts))
 
-    @app.exception_handler(HTTPException)  # no such path or method, a body that is no text
-    async def not_served(_: fastapi.Request, error: HTTPException) -> Any:
+    async def not_served(_: fastapi.Request, error: Any) -> Any:
         return refuse(error.status_code, str(error.detail))
+
+    for status in range(400, 500):  # no such path or method, a body that is no text
+        app.add_exception_handler(status, not_served)
 
     @app.exception_handler(Exception)
     async def our_mistake(_: fastapi.Request, error: Exception) -> Any:
@@ -180,30 +187,41 @@ def build_app(chat: ChatModel) -> Any:
             return refuse(400, str(error))
         except BusyError as error:
             return refuse(429, f"{error}; try again later", "rate_limit_error")
-        answer = _Answer(reply, chat.name, bool(options.tools))
+        answer = _Answer(reply, chat.name, bool(options.tools), pieces_of(reply, request, threads))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(answer.chunks(include_usage), media_type="text/event-stream")
         try:
-            async for _ in pieces_of(reply):
-                if await request.is_disconnected():
-                    return fastapi.Response(status_code=499)  # nobody reads it
+            async for _ in answer.pieces:
+                pass
         except RuntimeError as error:
             return refuse(500, str(error), "server_error")
+        if await request.is_disconnected():
+            return fastapi.Response(status_code=499)  # nobody reads it
         return answer.whole()
 
     return app
 
 
-async def pieces_of(reply: Reply) -> AsyncIterator[str]:
-    """A reply's pieces, waited for in a thread; an iteration that is broken off stops the model."""
-    from fastapi.concurrency import run_in_threadpool
+async def pieces_of(reply: Reply, request: Any, threads: Executor) -> AsyncIterator[str]:
+    """A reply's pieces, each waited for in one of `threads`.
 
+    The model stops where they are broken off or nobody is left to read them, also while none has come yet.
+    """
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(_WATCH_EVERY)
+        reply.close()
+
+    watcher = asyncio.create_task(watch())
     pieces = iter(reply)
+    loop = asyncio.get_running_loop()
     try:
-        while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+        while (piece := await loop.run_in_executor(threads, next, pieces, None)) is not None:
             yield piece
     finally:
+        watcher.cancel()
         reply.close()
 
 

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from internlm.data.message import Message, ToolCall
+from internlm.data.message import Message, ToolCall, with_texts
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -77,8 +77,15 @@ class ChatTemplate:
         template refuses.
         """
         template = _compiled(self.source, self.name)
-        turns = [_guarded(message, control).as_dict() for message in messages]
-        tools = _guarded_texts(tools, control)
+
+        def guarded(value: Any) -> Any:
+            return value if control is None else with_texts(value, partial(control.sub, rf"{_GUARD}\g<0>"))
+
+        turns = []
+        for message in messages:
+            content = message.content if message.role == "assistant" else guarded(message.content)
+            turns.append(replace(message, content=content, name=guarded(message.name)).as_dict())
+        tools = guarded(tools)
         try:
             marked = template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
@@ -108,28 +115,6 @@ class Written(NamedTuple):
 # Stand in the text until it is complete, around what the assistant wrote and before what is literal. Nobody can have
 # written them into a turn. Of letters and digits, so that they survive a filter such as tojson.
 _MARK, _GUARD = (f"mark{secrets.token_hex(16)}" for _ in range(2))
-
-
-def _guarded(message: Message, control: "re.Pattern[str] | None") -> Message:
-    name = _guarded_texts(message.name, control)
-    return replace(
-        message,
-        content=message.content if message.role == "assistant" else _guarded_texts(message.content, control),
-        name=name,
-    )
-
-
-def _guarded_texts(value: Any, control: "re.Pattern[str] | None") -> Any:
-    """A value as JSON has it, its texts and keys guarded."""
-    if control is None:
-        return value
-    if isinstance(value, str):
-        return control.sub(lambda found: _GUARD + found[0], value)
-    if isinstance(value, Mapping):
-        return {_guarded_texts(key, control): _guarded_texts(inner, control) for key, inner in value.items()}
-    if isinstance(value, Sequence):
-        return [_guarded_texts(inner, control) for inner in value]
-    return value
 
 
 class _Generation(Extension):

@@ -1,7 +1,7 @@
 """Turns of a conversation, in the one form that readers of data and chat programs make of all others."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,17 @@ def messages_of(values: Iterable[Any]) -> list[Message]:
                 message = replace(message, name=names.get(str(value["tool_call_id"])))
         found.append(message)
     return found
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A value as JSON has it, each text and key in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {with_texts(key, change): with_texts(inner, change) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [with_texts(inner, change) for inner in value]
+    return value
 
 
 def short(value: Any) -> str:

@@ -76,6 +76,21 @@ def test_a_queue_has_an_end(model: Transformer) -> None:
         assert len(list(waiting)) == 3
 
 
+def test_who_left_gives_his_place_back(model: Transformer) -> None:
+    """Also where another thread waits for the first token: it comes back."""
+    with Batcher(model, 1, max_length=10_000, max_waiting=1) as batcher:
+        endless = batcher.stream([1], 9_000)
+        next(endless)
+        waiting = batcher.stream([2], 3)
+        found: list[list[int]] = []
+        reader = threading.Thread(target=lambda: found.append(list(waiting)))
+        reader.start()
+        waiting.close()
+        reader.join(10)
+        assert found == [[]]
+        batcher.stream([3], 3).close()  # there is a place
+
+
 def test_mistakes_are_named_at_once(model: Transformer) -> None:
     with Batcher(model, 1, max_length=20) as batcher:
         with pytest.raises(UserError, match="15 tokens of prompt and 6 of answer are 21, the limit is 20"):

@@ -1,5 +1,6 @@
 """The server as OpenAI's own client sees it."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,11 +15,15 @@ import openai
 import pytest
 import uvicorn
 
-from internlm.apis.chat import ChatModel
-from internlm.apis.openai_server import build_app
+from internlm.apis.chat import ChatModel, Reply, ReplyOptions
+from internlm.apis.openai_server import build_app, pieces_of
+from internlm.apis.sampling import Sampling
+from internlm.apis.text_stream import TextStream
+from internlm.data.message import Message
 from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, SECOND, WEATHER
 from tools.openai_api import main
 
+GREEDY = ReplyOptions(Sampling())
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
 
 
@@ -123,6 +128,49 @@ def test_a_stream_that_is_left_frees_its_row(client: Any, chat: ChatModel) -> No
     while any(chat.batcher._rows) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(chat.batcher._rows)
+
+
+def test_who_leaves_while_waiting_is_forgotten(client: Any, chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = Sampling.choose
+    monkeypatch.setattr(Sampling, "choose", lambda *given: (time.sleep(0.01), choose(*given))[1])
+    streams = [ask(client, "?", stream=True, temperature=2, max_tokens=480) for _ in range(3)]
+    for stream in streams:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, HELLO, timeout=0.3)
+    end = time.monotonic() + 3
+    while not all(waiting.cancelled for waiting in chat.batcher._waiting) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(waiting.cancelled for waiting in chat.batcher._waiting) and all(chat.batcher._rows)
+    for stream in streams:
+        stream.close()
+
+
+def test_more_wait_than_the_server_has_threads_by_default(client: Any, chat: ChatModel) -> None:
+    assert chat.batcher.max_requests > 60
+    release = threading.Event()
+    tokens = (iter(lambda: release.wait() and None, None) for _ in range(60))
+
+    class Reader:
+        async def is_disconnected(self) -> bool:
+            return False
+
+    async def read(reply: Reply, threads: ThreadPoolExecutor) -> str:
+        return "".join([piece async for piece in pieces_of(reply, Reader(), threads)])
+
+    async def read_all() -> None:
+        threads = ThreadPoolExecutor(chat.batcher.max_requests)
+        replies = [Reply(held, 1, TextStream(chat.tokenizer, ()), ()) for held in tokens]
+        held = [asyncio.create_task(read(reply, threads)) for reply in replies]
+        await asyncio.sleep(0.1)
+        try:
+            said = await asyncio.wait_for(read(chat.reply([Message("user", HELLO)], GREEDY), threads), 10)
+        finally:
+            release.set()
+        assert said == ANSWERS[HELLO]
+        await asyncio.gather(*held)
+
+    asyncio.run(read_all())
 
 
 @pytest.mark.parametrize(
