@@ -8,6 +8,7 @@ import time
 import traceback
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 
@@ -32,7 +33,7 @@ class Alert:
         self.host = socket.gethostname()
         self.title = f"{job_id()}_{config.JOB_NAME}"
         self.address = alert.feishu_alert_address if alert.enable_feishu_alert else None
-        self.told = Path(alert.alert_file_path) if alert.alert_file_path else None
+        self.told = Path(alert.alert_file_path) if self.address and alert.alert_file_path else None
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="alert")
         self._loss = math.inf
         if self.told is not None and rank == 0:
@@ -94,5 +95,5 @@ def _post_to(address: str, title: str, text: str) -> None:
     )
     try:
         urllib.request.urlopen(request, timeout=TIMEOUT).close()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         logger.warning(f"a message could not be sent to monitor.alert.feishu_alert_address: {error}")

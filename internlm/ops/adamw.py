@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from internlm.ops.kernels import find_kernels
+
 # Elements per pass of the torch path: temporaries stay in the cache of a CPU core, and bounded on a GPU.
 CHUNK_CPU = 1 << 16
 CHUNK_GPU = 1 << 26
@@ -34,15 +36,8 @@ GRAD_FACTOR, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, BIAS_CORRECTION2_SQRT = ra
 NEGATIVE_STEP_SIZE, SHRINK, EPS, OK = range(5, 9)
 
 
-def _find_kernel() -> Callable[..., None] | None:
-    try:
-        from internlm.ops.adamw_kernel import launch
-    except ImportError:  # no Triton: CPU builds of torch come without
-        return None
-    return launch
-
-
-_triton_update = _find_kernel()
+_kernel = find_kernels("adamw_kernel")
+_triton_update: Callable[..., None] | None = _kernel and _kernel.launch
 
 
 def adam_scalars(

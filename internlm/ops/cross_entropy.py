@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.core.collectives import Group
+from internlm.ops.kernels import find_kernels
 from internlm.ops.vocabulary import cut_losses, local_labels
 
 IGNORE_INDEX = -100
@@ -30,15 +31,8 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**22}
 
 
-def _find_kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    try:
-        from internlm.ops.cross_entropy_kernel import losses_and_gradient_
-    except ImportError:  # no Triton: CPU builds of torch come without
-        return None
-    return losses_and_gradient_
-
-
-_triton_losses = _find_kernel()
+_kernel = find_kernels("cross_entropy_kernel")
+_triton_losses: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = _kernel and _kernel.losses_and_gradient_
 
 
 class LossOutput(NamedTuple):

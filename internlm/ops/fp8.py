@@ -16,18 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internlm.ops.kernels import find_kernels
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def _find_kernel() -> Any:
-    try:
-        from internlm.ops import fp8_kernel
-    except ImportError:  # no Triton: CPU builds of torch come without
-        return None
-    return fp8_kernel
-
-
-_kernel = _find_kernel()
+_kernel = find_kernels("fp8_kernel")
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,18 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internlm.ops.kernels import find_kernels
 from internlm.ops.rotary import rotate
 
-
-def _find_kernels() -> Any:
-    try:
-        from internlm.ops import rotary_kernel
-    except ImportError:  # no Triton: CPU builds of torch come without
-        return None
-    return rotary_kernel
-
-
-_kernels = _find_kernels()
+_kernels = find_kernels("rotary_kernel")
 
 
 def split_and_rotate_reference(

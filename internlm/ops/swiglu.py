@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internlm.ops.kernels import find_kernels
 
-def _find_kernels() -> Any:
-    try:
-        from internlm.ops import swiglu_kernel
-    except ImportError:  # no Triton: CPU builds of torch come without
-        return None
-    return swiglu_kernel
-
-
-_kernels = _find_kernels()
+_kernels = find_kernels("swiglu_kernel")
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
