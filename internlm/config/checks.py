@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from internlm.config.layout import find_layout_problems
-from internlm.config.schema import Config
+from internlm.config.schema import V_SCHEDULES, Config
 from internlm.utils.errors import UserError
 
 Problems = Iterator[str]
@@ -155,6 +155,21 @@ def adapters(config: Config) -> Problems:
         )
 
 
+def offloading(config: Config) -> Problems:
+    if config.model.checkpoint != "offload":
+        return
+    if config.model.num_experts > 1:
+        yield (
+            f"model.checkpoint = 'offload' with model.num_experts = {config.model.num_experts}: how many rows an "
+            "expert computes changes from row to row, so no buffers are made for them; set 'feed_forward' or True"
+        )
+    if config.parallel.pipeline.size > 1 and config.pipeline_schedule in V_SCHEDULES:
+        yield (
+            f"model.checkpoint = 'offload' with parallel.pipeline.schedule = {config.pipeline_schedule}: its backward "
+            "has two parts, and both would fetch what was offloaded; set 'feed_forward', or the schedule '1f1b'"
+        )
+
+
 def preference(config: Config) -> Problems:
     data, parallel = config.data, config.parallel
     if (config.dpo is None) != (data.type != "preference"):
@@ -294,10 +309,10 @@ def alerts(config: Config) -> Problems:
 CHECKS: tuple[Callable[[Config], Problems], ...] = (
     heads,
     rotary,
-    rotary,
     experts,
     precision,
     adapters,
+    offloading,
     preference,
     evaluation,
     batches,

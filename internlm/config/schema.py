@@ -102,11 +102,11 @@ class ModelConfig(Section):
     num_chunks: PositiveInt = Field(
         1, description="runs of blocks per pipeline stage; above 1: the interleaved schedule"
     )
-    checkpoint: bool | Fraction | Literal["selective", "feed_forward"] = Field(
+    checkpoint: bool | Fraction | Literal["selective", "feed_forward", "offload"] = Field(
         False,
         description="activation recomputation: False, True, the fraction of blocks (the first ones) recomputed; "
         '"feed_forward": their feed-forward layers, half of what is kept for a sixth of the work; '
-        '"selective": all but matrix products and attention',
+        '"offload": as much waits in the host\'s memory instead; "selective": all but matrix products and attention',
     )
     fp8: bool = Field(
         False,

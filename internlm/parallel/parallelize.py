@@ -12,6 +12,7 @@ from internlm.core.placement import Placement, whole
 from internlm.model.transformer import Transformer
 from internlm.parallel.compile import compile_blocks
 from internlm.parallel.expert import cut_experts
+from internlm.parallel.offload import offload_blocks
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.sequence import cut_sequences
 from internlm.parallel.split import pipeline_layout
@@ -34,7 +35,13 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
         placements[name] = replace(placement, at_both_ends=True)
     cut_sequences(model, mesh)
     layout = pipeline_layout(config)
-    for chunk in layout.chunks_of(mesh.coordinates["pipeline"]):
-        recompute_blocks([model.layers[layer] for layer in layout.layers[chunk]], config.model)
+    chunks = [
+        [model.layers[layer] for layer in layout.layers[chunk]]
+        for chunk in layout.chunks_of(mesh.coordinates["pipeline"])
+    ]
+    for blocks in chunks:
+        recompute_blocks(blocks, config.model)
     compile_blocks(model.layers, config, mesh)
+    if config.model.checkpoint == "offload":
+        offload_blocks(chunks)
     return placements

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internlm.config.schema import ModelConfig
+from internlm.model.feed_forward import FeedForward
+from internlm.ops.swiglu import swiglu
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -36,8 +38,8 @@ def num_recomputed(num_blocks: int, fraction: float) -> int:
 
 def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
     """Makes the blocks of a chunk recompute, as `model.checkpoint` asks: the first ones from their input;
-    "feed_forward": of all of them the inside of the feed-forward layer; "selective": all of them from the results of
-    matrix products and attention.
+    "feed_forward": of all of them the inside of the feed-forward layer; "offload": that from its first product, which
+    `offload.py` moves; "selective": all of them from the results of matrix products and attention.
 
     The `forward` is replaced, not the module: hooks on its calls run once, in forward, and don't run again when it is
     recomputed.
@@ -47,6 +49,11 @@ def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
             layer = block.get_submodule("feed_forward")
             replace_forward(layer, MethodType(_recomputed_layer, layer))
         logger.info("the feed-forward layers of all blocks are recomputed in backward, but for their last product")
+        return
+    if config.checkpoint == "offload":
+        for block in layers:
+            layer = block.get_submodule("feed_forward")
+            replace_forward(layer, MethodType(_recomputed_from_product, layer))
         return
     selective = config.checkpoint == "selective"
     count = len(layers) if selective else num_recomputed(len(layers), config.recompute_fraction)
@@ -74,6 +81,15 @@ def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any) -> Any
 def _recomputed_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A method of the layer and no closure, so that one compiled code serves all blocks."""
     return checkpoint(type(layer).forward, layer, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def _recomputed_from_product(layer: FeedForward, x: Tensor) -> Tensor:
+    product = layer.w13(x)
+    return checkpoint(_after_product, layer, product, use_reentrant=False, preserve_rng_state=False)
+
+
+def _after_product(layer: FeedForward, product: Tensor) -> Tensor:
+    return layer.w2(swiglu(product))
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -79,6 +79,8 @@ def _memory_lines(config: Config, world_size: int, num_parameters: int) -> list[
         lines.append(f"  {name:<28}{size / GIB:>10.3f}{per_parameter:>14}  {note}")
     states = alone.parameters + alone.gradients + alone.masters + alone.moments
     lines.append(f"  {'total':<28}{here.total / GIB:>10.3f}{states / num_parameters:>14.2f}  before sharding")
+    if here.host:
+        lines.append(f"  {'in host memory (estimate)':<28}{here.host / GIB:>10.3f}{'':>14}  offloaded activations")
     return lines
 
 
@@ -92,6 +94,8 @@ def _recompute(config: Config) -> str:
     kept = "one micro batch" if config.parallel.pipeline.size == 1 else f"what {config.pipeline_schedule} has under way"
     if config.model.checkpoint == "feed_forward":
         return f"{kept}, feed-forward layers recomputed"
+    if config.model.checkpoint == "offload":
+        return f"{kept}, gate and up of feed-forward layers wait in host memory"
     if config.model.checkpoint == "selective":
         return f"{kept}, results of matrix products and attention are kept"
     return f"{kept}, {int(layers * config.model.recompute_fraction)} of {layers} blocks recomputed"

@@ -38,10 +38,12 @@ class Memory:
     gathered: int  # whole units that live while they are computed or reduced
     activations: int
     head: int  # the loss: gradient of the head's weight, a chunk of logits
+    host: int  # activations that wait in the host's memory (model.checkpoint="offload")
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        """On the device."""
+        return sum(vars(self).values()) - self.host
 
 
 def memory_per_rank(config: Config, world_size: int) -> Memory:
@@ -79,7 +81,8 @@ def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
     gathered += largest.size * _grad_dtype(config, largest).itemsize if g > 1 else 0
     activations = _activations(config, mesh)
     head = _head(config, mesh) if "head" in {name for layout in layouts for name in layout.modules} else 0
-    return Memory(parameters, gradients, masters, moments, gathered, activations, head)
+    host = _offloaded(config, mesh) if config.model.checkpoint == "offload" else 0
+    return Memory(parameters, gradients, masters, moments, gathered, activations, head, host)
 
 
 def shares(axes: Axes) -> tuple[int, int, int]:
@@ -157,7 +160,7 @@ def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -
 
 def _activations(config: Config, mesh: Mesh) -> int:
     """Saved for backward by all micro batches that are under way; one recomputed block is whole again while it is
-    differentiated."""
+    differentiated, and of the one after it in backward an offloaded product is back already."""
     model, tensor, mode = config.model, mesh.sizes["tensor"], config.parallel.tensor.mode
     item = 4 if model.residual_in_fp32 else torch_dtype(model.dtype).itemsize
     block = saved_per_token(model, tensor, mode)
@@ -169,13 +172,22 @@ def _activations(config: Config, mesh: Mesh) -> int:
     def of_chunk(num_blocks: int) -> float:
         if model.checkpoint == "feed_forward":
             return num_blocks * (block - inside)
+        if model.checkpoint == "offload":
+            return num_blocks * (block - inside) + inside * 2 / 3  # the product of the last one stays
         if model.checkpoint == "selective":
             return num_blocks * selected
         recomputed = num_recomputed(num_blocks, model.recompute_fraction)
         return (num_blocks - recomputed) * block + recomputed * stream
 
-    again = inside if model.checkpoint == "feed_forward" else block if model.checkpoint else 0
+    again = inside if model.checkpoint in ("feed_forward", "offload") else block if model.checkpoint else 0
     return int(_tokens(config, mesh) * (most_kept(config, mesh.coordinates["pipeline"], of_chunk) + again))
+
+
+def _offloaded(config: Config, mesh: Mesh) -> int:
+    """Gate and up of all blocks but the last of a chunk, of all micro batches that are under way."""
+    of_block = inside_feed_forward(config.model) * 2 / 3 / mesh.sizes["tensor"]
+    kept = most_kept(config, mesh.coordinates["pipeline"], lambda num_blocks: (num_blocks - 1) * of_block)
+    return int(_tokens(config, mesh) * kept)
 
 
 def most_kept(config: Config, stage: int, of_chunk: Callable[[int], float]) -> float:

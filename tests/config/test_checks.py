@@ -58,6 +58,7 @@ def problems_with(small, **keys) -> list[str]:
     ("keys", "expected"),
     [
         ({"model__hidden_size": 66}, "66 = 16 * 4 + 2"),
+        ({"model__checkpoint": "offload", "model__num_experts": 4}, "model.num_experts = 4: how many rows an expert"),
         ({"monitor__alert__enable_feishu_alert": True}, "feishu_alert_address = None is no http(s) URL"),
         ({"model__hidden_size": 60}, "hidden_size / model.num_attention_heads = 60/4 = 15"),
         ({"model__head_dim": 7}, "model.head_dim = 7"),

@@ -11,6 +11,7 @@ from internlm.core.mesh import build_mesh
 from internlm.model.batch import Batch, Segments
 from internlm.model.init import initialize
 from internlm.model.transformer import Transformer, build_model
+from internlm.parallel.offload import offload_blocks
 from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
@@ -143,32 +144,40 @@ def test_what_a_schedule_keeps(schedule, first, last):
     assert (found[0], found[-1]) == (first, last), found
 
 
-@pytest.mark.parametrize("kind", ["selective", "feed_forward"])
+@pytest.mark.parametrize("kind", ["selective", "feed_forward", "offload"])
 def test_recomputation_against_autograd(kind):
-    """What is kept of one more block: tensors that are alive after a forward."""
-    kept = []
+    """What is kept of one more block: tensors that are alive after a forward, those on the host (uint8) apart."""
+    kept, on_host = [], []
     for num_layers in (1, 2):
         config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint=kind))
         model = Transformer(config.model)
         initialize(model, config.model, seed=0)
         recompute_blocks(model.layers, config.model)
+        if kind == "offload":
+            offload_blocks([model.layers])
         tokens = torch.arange(64)
         batch = Batch(tokens, labels=tokens, positions=tokens, segments=Segments.of((64,)))
         gc.collect()
-        before = live_bytes()
+        before, host_before = live_bytes()
         loss = model.loss(batch).loss_sum
-        kept.append((live_bytes() - before) / len(tokens))
+        after, host_after = live_bytes()
+        kept.append((after - before) / len(tokens))
+        on_host.append(host_after - host_before)
         del loss
     expected = selected_per_token(config.model)
-    if kind == "feed_forward":
+    if kind != "selective":
         plain_norms = 2 * (config.model.hidden_size + 1) * 4
         expected = saved_per_token(config.model) - inside_feed_forward(config.model) + plain_norms
     assert expected == pytest.approx(kept[1] - kept[0], rel=0.02)
+    assert on_host == [0, memory_per_rank(config, 1).host]  # the last block's stays
 
 
-def live_bytes() -> int:
+def live_bytes() -> tuple[int, int]:
+    """On the device, on the host."""
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    storages = {x.untyped_storage().data_ptr(): (x.untyped_storage().nbytes(), x.dtype) for x in tensors}
+    on_host = sum(size for size, dtype in storages.values() if dtype == torch.uint8)
+    return sum(size for size, _ in storages.values()) - on_host, on_host
 
 
 def test_the_report():

@@ -45,7 +45,7 @@ def test_types_in_words():
     types = {key.path: (key.type, key.default) for key in keys()}
     assert types["model.num_layers"] == ("int > 0", "required")
     assert types["model.num_kv_attention_heads"] == ("int > 0 or None", "None")
-    assert types["model.checkpoint"] == ("bool or float in [0, 1] or 'selective' | 'feed_forward'", "False")
+    assert types["model.checkpoint"] == ("bool or float in [0, 1] or 'selective' | 'feed_forward' | 'offload'", "False")
     assert types["adam.no_decay"] == ("list of str", "[]")
     assert types["data.mixture"] == ("dict of str to float >= 0", "{}")
     assert types["loss.reduction"] == ("'token' | 'micro_batch'", "'token'")

@@ -33,7 +33,7 @@ def train(rank: int, world_size: int, chain: Chain, compiled: bool, kind: Any) -
 
 
 @pytest.mark.parametrize("chain", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("kind", [False, "selective", "feed_forward", 0.5])
+@pytest.mark.parametrize("kind", [False, "selective", "feed_forward", "offload", 0.5])
 def test_compiled_blocks_train_as_plain_ones(chain: Chain, kind: Any) -> None:
     plain, none = run_ranks(2, train, chain, False, False)[0]
     found, graphs = run_ranks(2, train, chain, True, kind)[0]

@@ -44,11 +44,16 @@ def test_four_stages_cut_unevenly(schedule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "parallel"),
-    [("1f1b", ZERO3), ("interleaved", ZERO2), ("zbv", ZERO3), ("dualpipev", {"zero1": {"size": 1}})],
+    ("schedule", "parallel", "checkpoint"),
+    [
+        ("1f1b", ZERO3, 0.5),
+        ("interleaved", ZERO2, "offload"),
+        ("zbv", ZERO3, 0.5),
+        ("dualpipev", {"zero1": {"size": 1}}, 0.5),
+    ],
 )
-def test_data_ranks_and_recomputation(schedule: str, parallel: dict[str, Any]) -> None:
-    check(4, 2, schedule, {**parallel}, num_layers=8, checkpoint=0.5, tie_word_embeddings=True)
+def test_data_ranks_and_recomputation(schedule: str, parallel: dict[str, Any], checkpoint: Any) -> None:
+    check(4, 2, schedule, {**parallel}, num_layers=8, checkpoint=checkpoint, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize(("schedule", "mode"), [("1f1b", "mtp"), ("zbv", "msp"), ("dualpipev", "fsp")])

@@ -1,16 +1,18 @@
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
+from internlm.parallel.offload import HostBuffers
 from internlm.parallel.parallelize import parallelize
 from tests.pool import run_ranks
 from tests.solver.tiny import CPU, Chain, build_engine, make_config, train_step
 
 
-def count_calls(rank: int, world_size: int, chain: Chain, fraction: Any) -> tuple[list[tuple[float, float]], int]:
-    """Losses and norms of three steps, and how often the attention of the blocks ran."""
+def count_calls(rank: int, world_size: int, chain: Chain, fraction: Any) -> tuple[list[Any], int, int]:
+    """Losses and norms of three steps, how often the attention of the blocks ran, and buffers made on the host."""
     config = make_config(chain, 0.1, model={"num_layers": 4, "checkpoint": fraction})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
     model, engine = build_engine(config, mesh)
@@ -22,14 +24,16 @@ def count_calls(rank: int, world_size: int, chain: Chain, fraction: Any) -> tupl
 
     for layer in model.layers:
         layer.attention.register_forward_pre_hook(count)
-    return [train_step(model, engine, mesh, step, 2) for step in range(3)], calls[0]
+    with patch.object(HostBuffers, "_make", autospec=True, side_effect=HostBuffers._make) as make:
+        return [train_step(model, engine, mesh, step, 2) for step in range(3)], calls[0], make.call_count
 
 
 @pytest.mark.parametrize("chain", [(1, 1, 1), (2, 2, 2)])
 def test_recomputation_changes_time_and_not_results(chain: Chain) -> None:
-    plain, calls = run_ranks(2, count_calls, chain, False)[0]
+    plain, calls, _ = run_ranks(2, count_calls, chain, False)[0]
     assert calls == 3 * 2 * 4
-    for fraction, blocks in ((0.5, 2), (0.3, 1), (True, 4)):
-        found, calls = run_ranks(2, count_calls, chain, fraction)[0]
+    for fraction, blocks in ((0.5, 2), (0.3, 1), (True, 4), ("offload", 0)):
+        found, calls, buffers = run_ranks(2, count_calls, chain, fraction)[0]
         assert found == plain
+        assert buffers == (3 if fraction == "offload" else 0)  # of all blocks but the last, used again and again
         assert calls == 3 * 2 * (4 + blocks)

@@ -1,0 +1,187 @@
+"""What blocks keep for backward waits in the host's memory: `model.checkpoint="offload"`.
+
+The widest tensor that a block keeps moves, the product of its `w13` [tokens, 2, ffn]; SwiGLU is computed again from it
+(`recompute.py`), which takes no matrix product. Copies run on a stream of their own, beside the computation:
+
+    forward   When block i ends, its product begins to leave. First the computation waits until that of block i - 1 has
+              left and its memory is free, so the device has two of them at most.
+    backward  When block i begins, it waits until its product is back, and that of block i - 1 begins to come.
+
+The last block of a chunk is the first in backward: its product stays. The host's buffers are page-locked, without which
+a copy would not run beside anything; they are made when first needed and used again.
+
+The tensor is caught where autograd keeps it, around the block's call: there compiled code hands out what it keeps just
+as plain autograd does. (vDNN, Rhu et al., 2016, moved activations so; ZeRO-Infinity, Rajbhandari et al., 2021, moves
+the inputs of recomputed blocks.)
+"""
+
+import mmap
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internlm.parallel.recompute import replace_forward
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger, log_once
+
+logger = get_logger(__name__)
+
+
+def offload_blocks(chunks: Sequence[Sequence[nn.Module]]) -> None:
+    """Makes the blocks of each chunk, but for its last, keep the product of `w13` on the host. Comes after compilation:
+    hooks on what is kept don't reach into compiled code."""
+    lane = Lane()
+    for blocks in chunks:
+        for index, block in enumerate(blocks):
+            width = prod(block.get_submodule("feed_forward.w13").out_shape)  # type: ignore[arg-type]
+            place = partial(_run, lane, block.forward, width, index == 0, index == len(blocks) - 1)
+            replace_forward(block, place)
+    moved = sum(len(blocks) - 1 for blocks in chunks)
+    logger.info("%d of %d blocks keep their widest activation in the host's memory", moved, sum(map(len, chunks)))
+
+
+def _run(lane: "Lane", forward: Callable[..., Any], width: int, first: bool, stays: bool, *args: Any) -> Any:
+    if first:
+        lane.newest = None
+
+    def keep(tensor: Tensor) -> "Tensor | Kept":
+        if tensor.shape[1:].numel() != width or not tensor.is_contiguous():
+            return tensor
+        return lane.keep(tensor, stays)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, _give):
+        return forward(*args)
+
+
+def _give(kept: "Tensor | Kept") -> Tensor:
+    return kept.take() if isinstance(kept, Kept) else kept
+
+
+class Lane:
+    """The copies between a device and its host, one after the other."""
+
+    def __init__(self) -> None:
+        self.buffers = HostBuffers()
+        self.newest: weakref.ref[Kept] | None = None  # in the forward that is under way
+        self._leaving: Copy | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def keep(self, tensor: Tensor, stays: bool) -> "Kept":
+        """`tensor` for autograd; unless it `stays`, it begins to leave."""
+        if self._leaving is not None:
+            self._leaving.wait()
+            self._leaving = None
+        kept = Kept(self, tensor, self.newest)
+        self.newest = weakref.ref(kept)
+        if not stays:
+            self._leaving = kept.leave()
+        return kept
+
+    def copy(self, target: Tensor, source: Tensor) -> "Copy":
+        """Begins when the device has done what it was given so far."""
+        device = source.device if source.is_cuda else target.device
+        if device.type != "cuda":
+            target.copy_(source)
+            return Copy(target, source, None)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return Copy(target, source, self._stream.record_event())
+
+
+class Copy:
+    """A copy under way. Both its ends are kept until the computation has waited for it, and belong to that: so the
+    allocator needs no record of the second stream, which would hold memory back."""
+
+    def __init__(self, target: Tensor, source: Tensor, done: torch.cuda.Event | None) -> None:
+        self.target, self.source, self._done = target, source, done
+
+    def wait(self) -> Tensor:
+        """The target; what the device is given from here on comes after the copy. The host waits for nothing."""
+        if self._done is not None:
+            self._done.wait()
+        return self.target
+
+
+class Kept:
+    """A tensor that a block keeps of one micro batch. Autograd holds it until that block's backward is over."""
+
+    def __init__(self, lane: Lane, tensor: Tensor, before: "weakref.ref[Kept] | None") -> None:
+        self._lane, self._before = lane, before  # `before`: of the block before, which backward needs next
+        self._here: Tensor | None = tensor
+        self._buffer: Tensor | None = None
+        self._coming: Copy | None = None
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+
+    def leave(self) -> Copy:
+        assert self._here is not None
+        self._buffer = self._lane.buffers.take(self._here)
+        copy = self._lane.copy(self._on_host(), self._here)
+        self._here = None
+        return copy
+
+    def come(self) -> None:
+        """Begins to copy it back, unless it is here."""
+        if self._here is None and self._coming is None:
+            target = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._coming = self._lane.copy(target, self._on_host())
+
+    def take(self) -> Tensor:
+        """The tensor on the device; the one that backward needs next begins to come."""
+        self.come()
+        tensor = self._here
+        if tensor is None:
+            assert self._coming is not None
+            tensor, self._coming = self._coming.wait(), None
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before.come()
+        return tensor
+
+    def _on_host(self) -> Tensor:
+        assert self._buffer is not None
+        return self._buffer.view(self._dtype).view(self._shape)
+
+    def __del__(self) -> None:
+        if self._buffer is not None:
+            self._lane.buffers.give_back(self._buffer)
+
+
+class HostBuffers:
+    """Page-locked memory of the host in pieces, by their size. As all copies of a lane follow one another, a piece may
+    be given back, and taken for the next copy, while the last one is under way."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._count = self._size = 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """uint8 [bytes of `tensor`]."""
+        free = self._free[tensor.nbytes]
+        return free.pop() if free else self._make(tensor.nbytes, lock=tensor.is_cuda)
+
+    def give_back(self, buffer: Tensor) -> None:
+        self._free[buffer.nbytes].append(buffer)
+        log_once(logger, f"activations wait in {self._count} page-locked buffers, {self._size / 2**30:.1f} GiB")
+
+    def _make(self, size: int, lock: bool) -> Tensor:
+        # Not torch's own page-locked memory, which takes a power of two: up to twice as much. Whole pages, as no page
+        # can be locked twice.
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        if lock and int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)):
+            raise UserError(
+                f'model.checkpoint = "offload": the host could not lock {size / 2**30:.2f} GiB more beside '
+                f"{self._size / 2**30:.1f} GiB; give it more memory (ulimit -l, the container's limit), or set "
+                '"feed_forward", which computes again instead'
+            )
+        self._count, self._size = self._count + 1, self._size + size
+        return buffer
