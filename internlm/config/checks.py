@@ -141,10 +141,10 @@ def adapters(config: Config) -> Problems:
     if config.lora is None:
         return
     tensor = config.parallel.tensor
-    if tensor.size > 1 and tensor.mode != "isp":
+    if tensor.size > 1 and tensor.mode == "mtp" and config.lora.dropout:
         yield (
-            f"lora with parallel.tensor.size = {tensor.size}: adapters are not cut between tensor ranks yet; set 1, "
-            "and share the frozen weights with parallel.weight.size instead"
+            f'lora.dropout = {config.lora.dropout} with parallel.tensor.size = {tensor.size} in mode "mtp": each rank '
+            'would leave out others of the inputs that they share; set lora.dropout = 0 or parallel.tensor.mode = "msp"'
         )
     if config.ckpt.load_ckpt_info is None:
         yield "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set, so they would be random"

@@ -4,6 +4,7 @@ y = W x + b + alpha / rank * B A dropout(x), where A is [rank, in] and B [*out, 
 begins at the base model. Where ours is one fused projection and others have several (q, k, v), these share A.
 """
 
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from math import prod
@@ -17,6 +18,8 @@ from internlm.model.layers import Linear
 from internlm.utils.errors import UserError
 
 NAMES = ("lora_a", "lora_b")
+
+Projection = Callable[[Tensor], Tensor]
 
 
 def is_adapter(name: str) -> bool:
@@ -40,15 +43,23 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
             weight = linear.weight
             linear.lora_a = nn.Parameter(weight.new_empty(lora.rank, weight.shape[-1]))
             linear.lora_b = nn.Parameter(weight.new_empty(*linear.out_shape, lora.rank))
-            linear.forward = partial(_forward, linear, lora.scale, lora.dropout)  # type: ignore[method-assign]
+            alone = partial(Linear.forward, linear)
+            linear.forward = partial(adapted, linear, lora, alone, _same)  # type: ignore[method-assign]
 
 
-def _forward(linear: Linear, scale: float, dropout: float, x: Tensor) -> Tensor:
-    """x [tokens, in] -> [tokens, *out]."""
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def adapted(linear: Linear, lora: LoraConfig, project: Projection, carry: Projection, x: Tensor) -> Tensor:
+    """`project(x)`, the frozen projection, and what the adapter adds: x [tokens, in] -> [tokens, *out].
+
+    `carry` stands between A and B: [tokens, rank] -> [tokens, rank], which ranks send where they share the projection.
+    """
     lora_a, lora_b = (linear.get_parameter(name) for name in NAMES)
-    low = F.linear(F.dropout(x, dropout, linear.training), lora_a)  # [tokens, rank]
+    low = carry(F.linear(F.dropout(x, lora.dropout, linear.training), lora_a))
     update = F.linear(low, lora_b.view(prod(linear.out_shape), -1)).unflatten(-1, linear.out_shape)
-    return Linear.forward(linear, x) + scale * update
+    return project(x) + lora.scale * update
 
 
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

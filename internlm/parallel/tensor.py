@@ -12,6 +12,9 @@ is sent where tokens enter and leave such a region depends on the mode, with the
 mtp is Megatron-LM's tensor parallel (Shoeybi et al., 2019), msp adds its sequence parallel (Korthikanti et al., 2022).
 The gradient that leaves a region backward travels while the weight's gradient is computed; what enters a region travels
 with the product of it, where the device can (ops/spread_matmul.py).
+
+An adapter is cut as its projection is: into a region B by its outputs, out of one A by its inputs. Of its tokens only
+the `rank` numbers between A and B enter or leave.
 """
 
 import re
@@ -23,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, LoraConfig
 from internlm.core.collectives import Group, Sent, all_gather, all_reduce, reduce_scatter
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, box_shape, cut, whole
 from internlm.model.layers import Embedding, Head, Linear, scale_gradient
+from internlm.model.lora import adapted
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import linear_cross_entropy
 from internlm.ops.spread_matmul import gather_matmul, matmul_scatter
@@ -37,10 +41,10 @@ Mode = Literal["mtp", "msp", "fsp"]
 # Pattern of a parameter's name -> the dim along which it is cut. All families share these names.
 CUTS: tuple[tuple[str, int], ...] = (
     (r"embedding\.weight", 0),  # [vocab, hidden]
-    (r"layers\.\d+\.attention\.wqkv\.(weight|bias)", 0),  # [kv_heads, q_per_kv + 2, head_dim, hidden]: by kv head
-    (r"layers\.\d+\.attention\.wo\.weight", 1),  # [hidden, heads * head_dim]
-    (r"layers\.\d+\.feed_forward\.(shared\.)?w13\.weight", 1),  # [2, ffn, hidden]
-    (r"layers\.\d+\.feed_forward\.(shared\.)?w2\.weight", 1),  # [hidden, ffn]
+    (r"layers\.\d+\.attention\.wqkv\.(weight|bias|lora_b)", 0),  # [kv_heads, q_per_kv + 2, head_dim, in]: by kv head
+    (r"layers\.\d+\.attention\.wo\.(weight|lora_a)", 1),  # [hidden, heads * head_dim]
+    (r"layers\.\d+\.feed_forward\.(shared\.)?w13\.(weight|lora_b)", 1),  # [2, ffn, hidden]
+    (r"layers\.\d+\.feed_forward\.(shared\.)?w2\.(weight|lora_a)", 1),  # [hidden, ffn]
     (r"head\.weight", 0),  # [vocab, hidden]
 )
 # Not cut, but used by each rank for its own heads or its own tokens: gradients are parts of a sum in every mode.
@@ -62,7 +66,7 @@ def cut_tensors(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
         else:  # in mtp, all ranks compute the whole gradient of what is not cut
             identical = mode == "mtp" and not re.fullmatch(PARTIAL, name)
             placements[name] = whole(shape, grad_scale=1 / ranks if identical else 1.0)
-    _attach(model, group, mode, mesh.coordinates["tensor"])
+    _attach(model, config.lora, group, mode, mesh.coordinates["tensor"])
     return placements
 
 
@@ -75,20 +79,25 @@ def _shrink(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     old = getattr(module, attribute)
-    setattr(module, attribute, nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta")))
+    new = torch.empty(shape, dtype=old.dtype, device="meta")
+    setattr(module, attribute, nn.Parameter(new, old.requires_grad))
     if isinstance(module, Linear) and attribute == "weight":
         module.out_shape = shape[:-1]
 
 
-def _attach(model: Transformer, group: Group, mode: Mode, rank: int) -> None:
+def _attach(model: Transformer, lora: LoraConfig | None, group: Group, mode: Mode, rank: int) -> None:
     """Puts communication where tokens enter and leave a cut region."""
     leave = partial(_Leave.apply, group, mode)
     if isinstance(model.embedding, Embedding):
         _replace_forward(model.embedding, partial(_embed, model.embedding, rank, leave))
     for name, module in model.layers.named_modules():
         if isinstance(module, Linear):
-            project = _project_in if name.endswith(("wqkv", "w13")) else _project_out
-            _replace_forward(module, partial(project, module, group, mode))
+            enters = name.endswith(("wqkv", "w13"))
+            project = partial(_project_in if enters else _project_out, module, group, mode)
+            if lora is not None and hasattr(module, "lora_a"):
+                carry = partial(_Enter.apply, group, mode) if enters else leave
+                project = partial(adapted, module, lora, project, carry)
+            _replace_forward(module, project)
     if isinstance(model.head, Head):
         model.head.norm.register_forward_hook(lambda module, args, x: _Enter.apply(group, mode, x))
         model.head.cross_entropy = partial(linear_cross_entropy, group=group)
@@ -125,20 +134,21 @@ class _ProjectIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.group, ctx.mode, ctx.has_bias = group, mode, bias is not None
+        ctx.group, ctx.mode = group, mode
         entered, y = (x, x @ weight.T) if mode == "mtp" else gather_matmul(x, weight.T, group)
-        ctx.save_for_backward(x if mode == "fsp" else entered, weight)
+        is_frozen = not ctx.needs_input_grad[3]
+        ctx.save_for_backward(None if is_frozen else x if mode == "fsp" else entered, weight)
         return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        gathering = all_gather(kept, ctx.group) if ctx.mode == "fsp" else None
+        gathering = all_gather(kept, ctx.group) if ctx.mode == "fsp" and kept is not None else None
         grad_x = grad @ weight
         sending = _send_back(grad_x, ctx.group, ctx.mode)
         entered = kept if gathering is None else gathering.wait()
-        grad_weight = grad.T @ entered
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_weight = None if entered is None else grad.T @ entered
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
         return None, None, sending.wait(), grad_weight, grad_bias
 
 
@@ -153,14 +163,14 @@ class _ProjectOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor) -> Tensor:
         ctx.group, ctx.mode = group, mode
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
         return all_reduce(x @ weight.T, group).wait() if mode == "mtp" else matmul_scatter(x, weight.T, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad, grad_x = (grad, grad @ weight) if ctx.mode == "mtp" else gather_matmul(grad, weight, ctx.group)
-        return None, None, grad_x, grad.T @ x
+        return None, None, grad_x, None if x is None else grad.T @ x
 
 
 class _Enter(torch.autograd.Function):
