@@ -120,16 +120,16 @@ def _stream(
     stop_ids: Sequence[int],
     seed: int,
 ) -> Iterator[list[int | None]]:
-    weight = model.embedding.weight
+    device = model.device
     longest = max(len(prompt) for prompt in prompts)
     # Rows are padded with their own last token, so that padding marks nothing as seen.
-    tokens = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]).to(weight.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    tokens = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     room, heads = longest + max_new_tokens, model.num_kv_heads
-    cache = KVCache(model.config, len(prompts), room, weight.device, weight.dtype, heads)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
+    cache = KVCache(model.config, len(prompts), room, device, model.dtype, heads)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, tokens, True)
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     stops = set(stop_ids)
 
     logits = prefill(model, cache, tokens, lengths)
@@ -142,7 +142,7 @@ def _stream(
         if step + 1 == max_new_tokens or not any(running):
             return
         seen.scatter_(1, chosen[:, None], True)
-        num_new = torch.tensor(running, dtype=torch.int64).to(weight.device, non_blocking=True)
+        num_new = torch.tensor(running, dtype=torch.int64).to(device, non_blocking=True)
         logits = model.decode(chosen[:, None], cache, num_new)
 
 

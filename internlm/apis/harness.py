@@ -91,7 +91,7 @@ class Scorer:
             Segments.of(tuple(lengths)),
             num_trained=sum(text.num_scored for text in texts),
         )
-        output = self.model.loss(batch.to(self.model.embedding.weight.device))
+        output = self.model.loss(batch.to(self.model.device))
         ignored = (batch.labels == IGNORE_INDEX).to(output.correct.device)
         losses = output.token_losses.double().split(lengths)
         correct = (output.correct | ignored).split(lengths)

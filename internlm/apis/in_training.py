@@ -25,6 +25,7 @@ from internlm.data.chat import chat_template, prompt_ids
 from internlm.data.message import Message
 from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.model.transformer import Transformer
+from internlm.parallel.parallelize import whole_answers
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import Answer, StepReport
 
@@ -49,7 +50,8 @@ def evaluated(
 
 class _Exam:
     def __init__(self, model: Transformer, engine: HybridZero, config: Config, mesh: Mesh) -> None:
-        self.model, self.engine, self.asked, self.mesh = model, engine, config.evaluation, mesh
+        self.model, self.engine, self.config, self.mesh = model, engine, config, mesh
+        self.asked = config.evaluation
         assert config.data.tokenizer_path is not None  # config/checks.py
         tokenizer = open_tokenizer(config.data.tokenizer_path)
         check_tokenizer(tokenizer, config.model)
@@ -65,7 +67,7 @@ class _Exam:
     def result(self, report: StepReport) -> StepReport:
         """The report, with what the model says now."""
         self.model.eval()
-        with _logits_of_rank_0(self.model, self.mesh), _eager():
+        with whole_answers(self.model, self.config, self.mesh), _logits_of_rank_0(self.model, self.mesh), _eager():
             answers, scores = self._answers(), self._scores()
         self.model.train()
         self.engine.wait()  # drops what was gathered

@@ -197,13 +197,6 @@ def evaluation(config: Config) -> Problems:
         return
     if config.data.tokenizer_path is None:
         yield "evaluation: texts need data.tokenizer_path, which is not set"
-    mode = config.parallel.tensor.mode
-    if sizes["pipeline"] > 1 or (sizes["tensor"] > 1 and mode != "mtp"):
-        yield (
-            f"evaluation with parallel.pipeline.size = {sizes['pipeline']}, parallel.tensor.size = {sizes['tensor']} "
-            f"({mode}): a model answers while it trains only where each rank has all layers and all tokens (tensor "
-            "mode mtp); leave it out, and use tools/evaluate.py on checkpoints"
-        )
     if asked.tasks and sizes["ring"] * sizes["ulysses"] > 1:
         yield (
             "evaluation.tasks where rows are cut between ranks (parallel.context, isp): a text is scored on one rank; "

@@ -5,7 +5,6 @@ parameters, so that whoever shards, recomputes or compiles them can attach to th
 """
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,16 @@ class Transformer(nn.Module):
     @property
     def num_kv_heads(self) -> int:
         """Key/value heads that are computed here: all, unless tensor ranks share them."""
-        return cast(Block, self.layers[0]).attention.wqkv.out_shape[0]
+        return next(layer for layer in self.layers if isinstance(layer, Block)).attention.wqkv.out_shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the projections."""
+        return torch_dtype(self.config.dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [tokens, vocab] of a packed row, in the model's dtype."""

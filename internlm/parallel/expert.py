@@ -39,18 +39,20 @@ def cut_experts(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
         if mesh.sizes["expert"] > 1:
             exchanged = partial(_exchanged, mesh.group("expert"), moe.experts.forward)
             moe.experts.forward = exchanged  # type: ignore[method-assign]
-        moe.row = _row_part(config, mesh)
+    route_by(model, config.parallel.tensor.mode, mesh)
     return placements
 
 
 # -- rows that lie on several ranks -----------------------------------------------------------------------------------
 
 
-def _row_part(config: Config, mesh: Mesh) -> RowPart:
+def route_by(model: Transformer, mode: str, mesh: Mesh) -> None:
     """In mtp tensor ranks have the same tokens and each routes its part of them; else they have different ones."""
     groups = [mesh.group(axis) for axis in ("ring", "ulysses", "tensor") if mesh.sizes[axis] > 1]
-    same_tokens = mesh.sizes["tensor"] > 1 and config.parallel.tensor.mode == "mtp"
-    return CutRow(groups, mesh.group("tensor") if same_tokens else None) if groups else RowPart()
+    copies = mesh.group("tensor") if mesh.sizes["tensor"] > 1 and mode == "mtp" else None
+    for moe in model.modules():
+        if isinstance(moe, MoE):
+            moe.row = CutRow(groups, copies) if groups else RowPart()
 
 
 class CutRow(RowPart):

@@ -4,20 +4,23 @@ Sharding over the ranks that hold the same parameters needs nothing here: `solve
 the model's children.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 from internlm.model.transformer import Transformer
 from internlm.parallel.compile import compile_blocks
-from internlm.parallel.expert import cut_experts
+from internlm.parallel.expert import cut_experts, route_by
 from internlm.parallel.offload import offload_blocks
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.sequence import cut_sequences
 from internlm.parallel.split import pipeline_layout
-from internlm.parallel.stages import cut_stages
-from internlm.parallel.tensor import cut_tensors
+from internlm.parallel.stages import cut_stages, relayed
+from internlm.parallel.tensor import Mode, attach, cut_tensors
 from internlm.utils.device import set_matmul_precision
 
 
@@ -45,3 +48,28 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     if config.model.checkpoint == "offload":
         offload_blocks(chunks)
     return placements
+
+
+@contextmanager
+def whole_answers(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
+    """Meanwhile every rank that calls the model has the results of all layers, for all tokens. Forward alone; all ranks
+    call it alike, with the same tokens.
+
+    Between cut regions ranks of msp and fsp have a part of the tokens each, and few tokens make no parts: they compute
+    as in mtp, with the same weights.
+    """
+    mode: Any = config.parallel.tensor.mode
+    switched = mesh.sizes["tensor"] > 1 and mode != "mtp"
+    if switched:
+        _communicate(model, config, mesh, "mtp")
+    try:
+        with relayed(model, config, mesh):
+            yield
+    finally:
+        if switched:
+            _communicate(model, config, mesh, mode)
+
+
+def _communicate(model: Transformer, config: Config, mesh: Mesh, mode: Mode) -> None:
+    attach(model, config, mesh, mode)
+    route_by(model, mode, mesh)

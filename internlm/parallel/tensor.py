@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.config.schema import Config, LoraConfig
+from internlm.config.schema import Config
 from internlm.core.collectives import Group, Sent, all_gather, all_reduce, reduce_scatter
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, box_shape, cut, whole
-from internlm.model.layers import Embedding, Head, Linear, scale_gradient
+from internlm.model.layers import Embedding, Head, Linear, RMSNorm, scale_gradient
 from internlm.model.lora import adapted
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import linear_cross_entropy
@@ -53,7 +53,7 @@ PARTIAL = r"layers\.\d+\.(attention\.[qk]_norm|feed_forward\.router)\.weight"
 
 def cut_tensors(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
     """Cuts a model on the meta device between the tensor ranks. Returns placements of its dense parameters."""
-    ranks, group = mesh.sizes["tensor"], mesh.group("tensor")
+    ranks = mesh.sizes["tensor"]
     if ranks == 1:
         return {}
     mode: Any = config.parallel.tensor.mode
@@ -66,7 +66,7 @@ def cut_tensors(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
         else:  # in mtp, all ranks compute the whole gradient of what is not cut
             identical = mode == "mtp" and not re.fullmatch(PARTIAL, name)
             placements[name] = whole(shape, grad_scale=1 / ranks if identical else 1.0)
-    _attach(model, config.lora, group, mode, mesh.coordinates["tensor"])
+    attach(model, config, mesh, mode)
     return placements
 
 
@@ -85,11 +85,12 @@ def _shrink(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         module.out_shape = shape[:-1]
 
 
-def _attach(model: Transformer, lora: LoraConfig | None, group: Group, mode: Mode, rank: int) -> None:
-    """Puts communication where tokens enter and leave a cut region."""
+def attach(model: Transformer, config: Config, mesh: Mesh, mode: Mode) -> None:
+    """Puts communication where tokens enter and leave a cut region, in place of what was there."""
+    group, lora = mesh.group("tensor"), config.lora
     leave = partial(_Leave.apply, group, mode)
     if isinstance(model.embedding, Embedding):
-        _replace_forward(model.embedding, partial(_embed, model.embedding, rank, leave))
+        _replace_forward(model.embedding, partial(_embed, model.embedding, mesh.coordinates["tensor"], leave))
     for name, module in model.layers.named_modules():
         if isinstance(module, Linear):
             enters = name.endswith(("wqkv", "w13"))
@@ -99,7 +100,7 @@ def _attach(model: Transformer, lora: LoraConfig | None, group: Group, mode: Mod
                 project = partial(adapted, module, lora, project, carry)
             _replace_forward(module, project)
     if isinstance(model.head, Head):
-        model.head.norm.register_forward_hook(lambda module, args, x: _Enter.apply(group, mode, x))
+        _replace_forward(model.head.norm, partial(_normed, model.head.norm, group, mode))
         model.head.cross_entropy = partial(linear_cross_entropy, group=group)
 
 
@@ -114,6 +115,11 @@ def _embed(embedding: Embedding, rank: int, leave: Callable[[Tensor], Tensor], t
     absent = (local < 0) | (local >= rows)
     x = F.embedding(local.masked_fill(absent, 0), embedding.weight).masked_fill(absent[:, None], 0)
     return scale_gradient(leave(x), embedding.grad_scale)
+
+
+def _normed(norm: RMSNorm, group: Group, mode: Mode, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Into the head, a cut region."""
+    return _Enter.apply(group, mode, RMSNorm.forward(norm, x, dtype))
 
 
 def _project_in(linear: Linear, group: Group, mode: Mode, x: Tensor) -> Tensor:

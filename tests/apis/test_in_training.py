@@ -72,6 +72,8 @@ def by_transformers(folder: Path, prompts: list[list[int]], stop: int | None = N
         (2, (2, 2, 2), {}),
         (2, (2, 2, 2), {"context": {"ulysses": 2}}),
         (2, (1, 1, 1), {"tensor": {"size": 2}}),
+        (2, (1, 1, 1), {"tensor": {"size": 2, "mode": "msp"}}),
+        (4, (1, 1, 1), {"pipeline": {"size": 2}, "tensor": {"size": 2, "mode": "fsp"}}),
     ],
 )
 def test_answers_are_those_of_the_checkpoint_and_training_goes_on_as_before(
@@ -129,12 +131,12 @@ def test_tasks_are_scored_as_on_the_checkpoint(tmp_path: Path, capsys: pytest.Ca
         'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
     )
     asked = {"every": STEPS, "prompts": (), "tasks": ("mine",), "include_path": str(tmp_path)}
-    config = config_of((2, 2, 2), 2, evaluation=asked)
-    seen = run_ranks(2, train_under_torchrun, config, tmp_path / "run")
+    config = config_of((2, 2, 2), 2, evaluation=asked, parallel={"pipeline": {"size": 2}})
+    seen = run_ranks(4, train_under_torchrun, config, tmp_path / "run")
     command = [str(tmp_path / "run"), "--tasks", "mine", "--include_path", str(tmp_path), "--device", "cpu"]
     assert evaluate.main([*command, "--output", str(tmp_path / "scores.json")]) == 0
     expected = json.loads((tmp_path / "scores.json").read_text())["results"]["mine"]["acc,none"]
-    assert [one["scores"] for one in seen] == [[("mine_acc", expected)], []]
+    assert [one["scores"] for one in seen] == [[("mine_acc", expected)], [], [], []]
 
 
 def test_answers_and_scores_are_written(tmp_path: Path) -> None:
@@ -158,8 +160,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {"every": 0}}, "evaluation.every = 0: it goes with"),
     ({"evaluation": {"prompts": ()}}, "evaluation.every = 2: it goes with"),
     ({"data": {"tokenizer_path": None}}, "texts need data.tokenizer_path"),
-    ({"parallel": {"tensor": {"size": 2, "mode": "msp"}}}, "parallel.tensor.size = 2 (msp)"),
-    ({"parallel": {"pipeline": {"size": 2}}}, "evaluation with parallel.pipeline.size = 2"),
     ({"parallel": {"context": {"ring": 2}}, "evaluation": {"tasks": ("x",)}}, "evaluation.tasks where rows are cut"),
 ]
 
