@@ -178,8 +178,8 @@ def preference(config: Config) -> Problems:
         return
     if data.micro_bsz < 2:
         yield f"data.micro_bsz = {data.micro_bsz}: a row holds whole pairs of samples up to seq_len; set 2 or more"
-    if data.long_samples == "split" or data.packing is not None or data.min_length or data.valid_folder is not None:
-        yield "dpo: long_samples = split, packing, min_length and valid_folder do not go with pairs; leave them out"
+    if data.long_samples == "split" or data.packing is not None or data.min_length:
+        yield "dpo: long_samples = split, packing and min_length do not go with pairs; leave them out"
     if config.loss.label_smoothing or config.loss.z_loss or config.loss.reduction != "token":
         yield "dpo: loss.label_smoothing, z_loss and reduction do not apply to pairs; leave them out"
     if config.ckpt.load_ckpt_info is None:

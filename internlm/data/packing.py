@@ -6,7 +6,7 @@ The rules of labels and segments are those of the 2023 framework.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -96,8 +96,9 @@ class WholeSamples:
     """The validation rows of some files: samples in order, each cut to `seq_len` and one segment of its own.
 
     As many whole samples share a row as fit; what is left of the row is an ignored segment, so that every row has the
-    same number of tokens. Each sample is in exactly one row. (In 2023 each sample was padded to `seq_len`, and up to
-    a batch of samples was dropped at the end.)
+    same number of tokens. Each sample is in exactly one row, beside the other one of its pair where there are pairs,
+    which `num_trained` counts then. (In 2023 each sample was padded to `seq_len`, and up to a batch of samples was
+    dropped at the end.)
     """
 
     def __init__(self, files: list[SampleFile], options: PackOptions) -> None:
@@ -106,14 +107,17 @@ class WholeSamples:
         self.firsts = np.concatenate(([0], np.cumsum([len(file) for file in files]))).astype(np.int64)
         lengths = np.concatenate([file.lengths for file in files] or [np.empty(0, np.int64)])
         self.ends = np.minimum(lengths, options.seq_len).cumsum()  # [samples of all files]
-        self.bounds = self._row_bounds()  # row k holds samples bounds[k] to bounds[k + 1] - 1
+        self.of_pairs = options.packing == "pairs"
+        self.bounds = self._row_bounds(2 if self.of_pairs else 1)  # row k: samples bounds[k] to bounds[k + 1] - 1
 
-    def _row_bounds(self) -> list[int]:
+    def _row_bounds(self, together: int) -> list[int]:
+        """Where rows begin, in samples, so many of which stay `together`."""
+        ends = self.ends[together - 1 :: together]
         bounds, used = [0], 0
-        while bounds[-1] < len(self.ends):
-            bounds.append(int(np.searchsorted(self.ends, used + self.options.row_length, side="right")))
-            used = int(self.ends[bounds[-1] - 1])
-        return bounds
+        while bounds[-1] < len(ends):
+            bounds.append(int(np.searchsorted(ends, used + self.options.row_length, side="right")))
+            used = int(ends[bounds[-1] - 1])
+        return [together * bound for bound in bounds]
 
     @property
     def num_samples(self) -> int:
@@ -125,7 +129,8 @@ class WholeSamples:
     def __getitem__(self, index: int) -> Row:
         """Row `index`; from `len(self)` on, rows on which nothing is counted."""
         samples = range(*self.bounds[index : index + 2]) if index < len(self) else range(0)
-        return whole_row((self._locate(sample) for sample in samples), 0, self.options)
+        row = whole_row((self._locate(sample) for sample in samples), 0, self.options)
+        return replace(row, num_trained=len(samples) // 2) if self.of_pairs else row
 
     def _locate(self, sample: int) -> tuple[SampleFile, int]:
         """The file of a sample, and its number there."""

@@ -105,10 +105,7 @@ def step_line(report: StepReport, seconds_left: float) -> str:
 
 
 def validation_line(valid: ValidReport, step: int) -> str:
-    return (
-        f"Validation on {valid.name}: step={step} val/{valid.name}_loss={valid.loss:.4f} "
-        f"val/{valid.name}_acc={valid.accuracy:.4f} val/{valid.name}_plex={valid.perplexity:.4f}"
-    )
+    return f"Validation on {valid.name}: step={step} " + " ".join(f"{k}={v:.4f}" for k, v in valid.scalars().items())
 
 
 def duration(seconds: float) -> str:

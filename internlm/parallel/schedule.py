@@ -37,7 +37,7 @@ class Accumulation:
     ) -> None:
         self.model, self.engine, self.mesh = model, engine, mesh
         self.loss = config.loss
-        self.objective = objective or self._next_token
+        self.objective, self.measure = objective or self._next_token, objective or _plain_loss
 
     def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
         self.engine.begin_step(len(rows))
@@ -53,10 +53,15 @@ class Accumulation:
 
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         part = own_part(row, self.mesh).to(self.mesh.device)
-        on_loss(self.model.loss(part), part)
+        on_loss(self.measure(self.model, part, 1.0), part)
 
     def eval_mode(self, on: bool) -> None:
         self.model.train(not on)
+
+
+def _plain_loss(model: Transformer, part: Batch, upstream: float) -> LossOutput:
+    """Without what training adds."""
+    return model.loss(part)
 
 
 def build_schedule(

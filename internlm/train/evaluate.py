@@ -1,4 +1,4 @@
-"""Loss, accuracy and perplexity on validation sets."""
+"""Loss, accuracy and perplexity on validation sets; of pairs (dpo) the margin."""
 
 import math
 
@@ -10,6 +10,7 @@ from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.ops.cross_entropy import LossOutput
 from internlm.parallel.schedule import Schedule
 from internlm.train.metrics import ValidReport, perplexity, sum_over_tokens_
+from internlm.train.preference import margins
 from internlm.utils.logger import common_warning, get_logger
 
 logger = get_logger(__name__)
@@ -17,24 +18,30 @@ logger = get_logger(__name__)
 
 @torch.no_grad()
 def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport:
-    """Run the model once over `loader` and average over all trained tokens of all data ranks.
+    """Run the model once over `loader` and average over all trained tokens, or pairs, of all data ranks.
 
     Collective: the loader has the same number of batches on every rank. The model is put in eval mode meanwhile.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, correct, tokens
+    of_pairs = loader.rows.of_pairs
+    sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)  # loss, correct, margin, what is counted
 
     def add(output: LossOutput, part: Batch) -> None:
-        trained = part.labels != IGNORE_INDEX
-        sums.add_(torch.stack((output.token_losses.double().sum(), (output.correct & trained).sum(), trained.sum())))
+        losses = output.token_losses.double()
+        correct = (output.correct & (part.labels != IGNORE_INDEX)).sum()
+        # the places without a pair have no loss
+        margin = margins(losses)[losses > 0].sum() if of_pairs else losses.new_zeros(())
+        sums.add_(torch.stack((losses.sum(), correct, margin, losses.new_tensor(part.num_trained))))
 
     schedule.eval_mode(True)
     for row in loader:
         schedule.evaluate(row, add)
     schedule.eval_mode(False)
     sum_over_tokens_(sums, mesh)
-    loss_sum, correct, tokens = sums.tolist()
-    if tokens == 0:
+    loss_sum, correct, margin_sum, count = sums.tolist()
+    if count == 0:
         common_warning(logger, f"Validation dataset: {loader.name} is empty")
         return ValidReport(loader.name, math.nan, math.nan, math.nan, 0)
-    loss = loss_sum / tokens
-    return ValidReport(loader.name, loss, correct / tokens, perplexity(loss), int(tokens))
+    loss = loss_sum / count
+    if of_pairs:
+        return ValidReport(loader.name, loss, correct / count, math.nan, int(count), margin_sum / count)
+    return ValidReport(loader.name, loss, correct / count, perplexity(loss), int(count))

@@ -147,13 +147,21 @@ class StepSums:
 
 @dataclass(frozen=True)
 class ValidReport:
-    """Means over all trained tokens of a validation set and all data ranks; nan for an empty set."""
+    """Means over all trained tokens, or pairs (dpo), of a validation set and all data ranks; nan for an empty set."""
 
     name: str
-    loss: float  # nats per token
-    accuracy: float
-    perplexity: float
-    num_tokens: int
+    loss: float  # nats per token; of pairs, as in training
+    accuracy: float  # of pairs: the share in which the chosen answer gained more on the reference
+    perplexity: float  # nan for pairs
+    num_tokens: int  # or pairs
+    margin: float | None = None  # of pairs: beta times how much more the chosen answer gained
+
+    def scalars(self) -> dict[str, float]:
+        """What there is of the means, by the names of metrics.jsonl."""
+        last = {"plex": self.perplexity} if self.margin is None else {"margin": self.margin}
+        return {
+            f"val/{self.name}_{key}": value for key, value in {"loss": self.loss, "acc": self.accuracy, **last}.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -211,8 +219,8 @@ class StepReport:
         return bool(self.validation or self.answers or self.scores)
 
     def scalars(self) -> dict[str, float]:
-        """All numbers, flat: types as loss/NAME, acc/NAME, tokens/NAME, validation as val/NAME_loss, _acc, _plex,
-        scores as eval/TASK_MEASURE."""
+        """All numbers, flat: types as loss/NAME, acc/NAME, tokens/NAME, validation as val/NAME_loss, _acc, _plex (of
+        pairs _margin), scores as eval/TASK_MEASURE."""
         apart = ("types", "experts", "validation", "answers", "scores")
         flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         for name, metrics in self.types.items():
@@ -221,9 +229,7 @@ class StepReport:
             flat[f"tokens/{name}"] = int(metrics.tokens)
         flat |= {} if self.experts is None else self.experts.scalars()
         for valid in self.validation:
-            flat[f"val/{valid.name}_loss"] = valid.loss
-            flat[f"val/{valid.name}_acc"] = valid.accuracy
-            flat[f"val/{valid.name}_plex"] = valid.perplexity
+            flat |= valid.scalars()
         return flat | {f"eval/{name}": score for name, score in self.scores.items()}
 
 

@@ -59,6 +59,14 @@ class PreferenceLoss:
         return LossOutput(loss_sum, token_losses, first & (margin > 0)[segment // 2])
 
 
+def margins(losses: Tensor) -> Tensor:
+    """By how much the chosen answers gained more on the reference, times beta, from the losses of their pairs, fp64 [pairs].
+
+    A loss is -log of the probability that is the sigmoid of the margin.
+    """
+    return -losses - torch.log(-torch.expm1(-losses))
+
+
 def _trained_before(trained: Tensor, segment: Tensor, count: int) -> Tensor:
     """How many trained tokens of its segment precede each token, int64 [tokens]."""
     before = trained.cumsum(0) - trained.long()

@@ -19,7 +19,7 @@ from internlm.config.schema import Config
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.core.random import seed_of
-from internlm.data.loader import build_train_loader
+from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
@@ -88,11 +88,13 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
         "random": [],
         "answers": [],
         "scores": [],
+        "validation": [],
     }
     if stop_at != state.batch_count:
         loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
         samples = build_train_loader(config, mesh.dp_rank, mesh.dp_size, state.batch_count).row_numbers()
-        trainer = Trainer(schedule, optimizer, loader, state, config, mesh, {})
+        held_out = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
+        trainer = Trainer(schedule, optimizer, loader, state, config, mesh, held_out)
         for report in evaluated(trainer.steps(), model, optimizer, config, mesh):
             seen["losses"].append(report.loss)
             seen["norms"].append(report.grad_norm.hex())  # as text: nan is not equal to itself
@@ -100,6 +102,7 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
             seen["samples"].append(next(samples))
             seen["answers"] += [answer.text for answer in report.answers]
             seen["scores"] += report.scores.items()
+            seen["validation"] += [(one.name, one.loss, one.accuracy, one.margin) for one in report.validation]
             seen["random"].append(float(torch.rand(())))
             checkpointer.after_step(report)
             if report.step == stop_at:

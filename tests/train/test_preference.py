@@ -13,7 +13,7 @@ from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
 from internlm.config.checks import find_problems
 from internlm.config.schema import Config
-from internlm.data.loader import build_train_loader
+from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.utils.errors import UserError
 from tests.checkpoint.runs import contents, run_config, train
@@ -28,16 +28,17 @@ MODEL = {"vocab_size": 1024, "qkv_bias": False, "num_layers": 1}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs, and a model to start from."""
     folder = tmp_path_factory.mktemp("preference")
-    (folder / "data").mkdir()
     pairs = [
         {
             "prompt": f"What is {n}?",
             "chosen": [{"role": "assistant", "content": f"a number {n}"}],
             "rejected": [{"role": "assistant", "content": "no " * (n % 5 + 1)}],
         }
-        for n in range(12)
+        for n in range(19)
     ]
-    write(folder / "data", pairs)
+    for name, part in (("data", pairs[:12]), ("held_out", pairs[12:])):
+        (folder / name).mkdir()
+        write(folder / name, part)
     run_ranks(1, train, run_config((1, 1, 1), 1, 1, model=MODEL, adam={"lr": LR}), folder / "base")
     return folder
 
@@ -50,6 +51,8 @@ def config_of(folder: Path, chain: tuple[int, int, int] = (1, 1, 1), world_size:
     data = {
         "type": "preference",
         "train_folder": str(folder / "data"),
+        "valid_folder": str(folder / "held_out"),
+        "valid_every": STEPS,
         "tokenizer_path": str(DEMO),
         "chat_template": "chatml",
         "seq_len": 64,
@@ -88,7 +91,8 @@ def pairs_of(row: Batch) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def by_trl(folder: Path) -> dict[str, list[float]]:
-    """Losses and gradient norms of the steps of `config_of(folder)` by TRL's trainer and AdamW."""
+    """Losses and gradient norms of the steps of `config_of(folder)` by TRL's trainer and AdamW, and then of held-out
+    pairs loss, accuracy and margin."""
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     from tokenizers import Tokenizer, models
@@ -120,6 +124,15 @@ def by_trl(folder: Path) -> dict[str, list[float]]:
         optimizer.step()
         found["losses"].append(loss)
         found["norms"].append(norm.item())
+    policy.eval()
+    (held_out,) = build_valid_loaders(config_of(folder), 0, 1).values()
+    rows, sums = list(held_out), torch.zeros(3)
+    for row in rows:
+        loss = trainer.compute_loss(policy, pairs_of(row)).item()
+        said = (trainer._metrics["eval"][f"rewards/{name}"][-1] for name in ("accuracies", "margins"))
+        sums += row.num_trained * torch.tensor([loss, *said])
+    assert len(rows) > 1 and sum(row.num_trained for row in rows) == 7
+    found["held out"] = (sums / 7).tolist()
     return found
 
 
@@ -148,6 +161,8 @@ def test_losses_and_gradients_are_those_of_trl(
     assert found["losses"] == pytest.approx(by_trl["losses"], rel=1e-4)
     assert [float.fromhex(norm) for norm in found["norms"]] == pytest.approx(by_trl["norms"], rel=1e-4)
     assert found["losses"][-1] < 0.6
+    ((name, *means),) = found["validation"]
+    assert name == "held_out" and means == pytest.approx(by_trl["held out"], rel=1e-4)
 
 
 def test_resume_keeps_the_reference(folder: Path, tmp_path: Path) -> None:
