@@ -16,7 +16,9 @@ from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
 from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
-from internlm.data.chat_template import BUILT_IN, find_template
+from internlm.config.data_section import DataConfig
+from internlm.data.chat import chat_template as template_of_data
+from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging
 
@@ -29,7 +31,8 @@ Python files that load it with trust_remote_code=True and give the model `chat` 
 internlm2, its published modeling_*.py files must be put beside it."""
 TEMPLATE_HELP = f"""chat template to put beside the tokenizer, so that chat engines know how turns are written: a name
 ({", ".join(BUILT_IN)}), a Jinja file or a Hugging Face folder. Its stop tokens go into generation_config.json, and the
-free pieces of InternLM2's tokenizer get the names it uses. Default: none."""
+free pieces of InternLM2's tokenizer get the names it uses. none: no template. Default: the one that the run was
+trained with, if its data were conversations, else none."""
 DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
 model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
 
@@ -83,13 +86,16 @@ def convert(arguments: argparse.Namespace) -> None:
             raise UserError(f"--max_pos {arguments.max_pos} must be positive")
         model = config.model.model_copy(update={"max_position_embeddings": arguments.max_pos})
         config = config.model_copy(update={"model": model})
-    template = None if arguments.chat_template is None else find_template(arguments.chat_template)
     tokenizer = arguments.tokenizer
     if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
         tokenizer = config.data.tokenizer_path
         logger.info(f"tokenizer of the run: {tokenizer}")
+    template = template_for(arguments.chat_template, config.data)
     if template is not None and tokenizer is None:
-        raise UserError("--chat_template goes into the tokenizer's files: give the tokenizer with --tokenizer")
+        raise UserError(
+            f"chat template {template.name} goes into the tokenizer's files: give the tokenizer with --tokenizer, "
+            "or --chat_template none"
+        )
     export_hf(
         reader.read,
         config,
@@ -101,6 +107,22 @@ def convert(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         template=template,
     )
+
+
+def template_for(asked: str | None, data: DataConfig) -> ChatTemplate | None:
+    """The template that was asked for, else that of a run on conversations. Raises UserError where it can't be read."""
+    if asked is not None:
+        return None if asked == "none" else find_template(asked)
+    if data.type not in ("chat", "preference"):
+        return None
+    try:
+        template = template_of_data(data)
+    except UserError as error:
+        raise UserError(
+            f"the run's own chat template: {error} Or give --chat_template, or --chat_template none"
+        ) from error
+    logger.info(f"chat template of the run: {template.name}")
+    return template
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

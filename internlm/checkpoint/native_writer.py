@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from internlm.config.schema import Config
 from internlm.train.state import TrainState
 from internlm.utils.device import torch_dtype
 from internlm.utils.errors import UserError, writing
+from internlm.utils.lock import lock_folder
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -29,15 +31,24 @@ def write_native(named: Callable[[str], Tensor], config: Config, folder: str | P
     """Writes the model as checkpoint of step 0 in `folder`; returns its path. Nothing was trained, so there is no more.
 
     `named(name)` returns a global native parameter; each is asked for once, in order. Tensors get the dtype of
-    `config.model`. Raises UserError when the folder holds checkpoints already.
+    `config.model`. Raises UserError when the folder holds checkpoints already, is in use, or can't be written.
     """
     storage = Storage(str(folder))
     if existing := list_checkpoints(storage):
         raise UserError(f"{storage.url} holds checkpoints already ({existing[0][1]} ...); give another target folder")
+    if not storage.is_local:  # object stores know no locks
+        return _write(named, config, storage)
+    with writing(f"target folder {storage.url}"):
+        storage.make_folder("")
+        lock = lock_folder(Path(storage.root), "target folder")
+    with lock:
+        return _write(named, config, storage)
+
+
+def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> str:
+    """Nothing of it stays where something stops it."""
     token, step = new_token(), 0
     work = work_folder(storage, step, token)
-    with writing(storage.show(work)):
-        storage.make_folder(work)
     dtype = torch_dtype(config.model.dtype)
     shapes = native_shapes(config.model)
     whole = {key_of(name, "param", tuple((0, size) for size in shape)): name for name, shape in shapes.items()}
@@ -50,16 +61,23 @@ def write_native(named: Callable[[str], Tensor], config: Config, folder: str | P
     model = file_of("param", 0)
     kinds = {key: (dtype, shapes[name]) for key, name in whole.items()}
     state = {"train": asdict(TrainState()), "optimizer": {"num_updates": 0}}
-    files = {
-        model: stream_tensors(storage, f"{work}/{model}", kinds, value_of, metadata),
-        "config.json": write_bytes(storage, f"{work}/config.json", [config.model_dump_json(indent=1).encode()]),
-        "state.json": write_bytes(storage, f"{work}/state.json", [json.dumps(state, indent=1).encode()]),
-    }
-    saved_at = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(step, "normal", token, saved_at, {"ranks": 1}, dict(sorted(files.items())))
-    write_bytes(storage, f"{work}/{MANIFEST}", [manifest.render()])
-    if storage.is_local:
-        storage.rename_folder(work, str(step))
+    try:
+        with writing(storage.show(work)):
+            storage.make_folder(work)
+        files = {
+            model: stream_tensors(storage, f"{work}/{model}", kinds, value_of, metadata),
+            "config.json": write_bytes(storage, f"{work}/config.json", [config.model_dump_json(indent=1).encode()]),
+            "state.json": write_bytes(storage, f"{work}/state.json", [json.dumps(state, indent=1).encode()]),
+        }
+        saved_at = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = Manifest(step, "normal", token, saved_at, {"ranks": 1}, dict(sorted(files.items())))
+        write_bytes(storage, f"{work}/{MANIFEST}", [manifest.render()])
+        if storage.is_local:
+            storage.rename_folder(work, str(step))
+    except BaseException:
+        with suppress(OSError):
+            storage.remove(work)
+        raise
     path = storage.show(str(step))
     logger.info(f"wrote {path}: {len(shapes)} parameters in {config.model.dtype}")
     return path

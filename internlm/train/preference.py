@@ -60,7 +60,7 @@ class PreferenceLoss:
 
 
 def margins(losses: Tensor) -> Tensor:
-    """By how much the chosen answers gained more on the reference, times beta, from the losses of their pairs, fp64 [pairs].
+    """By how much more than the rejected answers the chosen ones gained, times beta, of pairs with `losses` [pairs].
 
     A loss is -log of the probability that is the sigmoid of the margin.
     """

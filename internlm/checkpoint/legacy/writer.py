@@ -1,7 +1,8 @@
 """A model in the folder layout of 2023, for programs that read nothing else."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from internlm.checkpoint.hf_names import native_shapes
 from internlm.checkpoint.legacy.tables import EXPERTS, Family, generic, rows, shard
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.triggers import new_token
 from internlm.config.schema import ModelConfig
 from internlm.utils.device import torch_dtype
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -32,33 +35,69 @@ def write_legacy(
 
     `family` None: INTERNLM for a model with biases and one key/value head per query head, else INTERNLM2_PUBLIC. `mlp`:
     "old" for InternLM 0.1 to 0.2.1 (keys start with `model.`, w3 is the output), "new" for InternEvo from 0.3.3 on (no
-    prefix, w2). Each rank's tensors are in memory at once, as torch.save needs it. Raises UserError before writing.
+    prefix, w2). Each rank's tensors are in memory at once, as torch.save needs it. Raises UserError; `folder` is there
+    only when it is whole.
     """
     has_biases = model.qkv_bias and model.out_bias
     chosen: Family = family or ("INTERNLM" if has_biases and model.q_per_kv == 1 else "INTERNLM2_PUBLIC")
     _check(model, chosen, mlp, tensor_size)
-    folder = Path(folder).expanduser()
-    if folder.exists() and any(folder.iterdir()):
+    folder = Path(folder).expanduser().resolve()
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"target folder {folder} is not empty; give another one")
-    folder.mkdir(parents=True, exist_ok=True)
     table = rows(chosen, mlp, split_hidden, model.num_experts)
     prefix, dtype = ("model." if mlp == "old" else ""), torch_dtype(model.dtype)
-    for rank in range(tensor_size):
-        states: dict[str, dict[str, Tensor]] = {}  # by file
-        for name in native_shapes(model):
-            value = named(name).detach().cpu()
-            for row in table[generic(name)[0]]:
-                part = shard(row, value, rank, tensor_size)
-                if part is not None:
-                    key = row.key.replace("{i}", str(generic(name)[1]))
-                    file, key = _place(key, rank, mlp)
-                    kept = torch.float32 if ".gate." in key else dtype  # a router is fp32 in a model of any dtype
-                    states.setdefault(file, {})[prefix + key] = part.to(kept).contiguous()
-        for file, state in states.items():
-            torch.save(state, folder / file)
-        torch.save({}, folder / f"topo_tp{rank}_pp0.json")
-    torch.save(_model_config(model, chosen, split_hidden), folder / "model_config.pt")
+    with _new_folder(folder) as save:
+        for rank in range(tensor_size):
+            states: dict[str, dict[str, Tensor]] = {}  # by file
+            for name in native_shapes(model):
+                value = named(name).detach().cpu()
+                for row in table[generic(name)[0]]:
+                    part = shard(row, value, rank, tensor_size)
+                    if part is not None:
+                        key = row.key.replace("{i}", str(generic(name)[1]))
+                        file, key = _place(key, rank, mlp)
+                        kept = torch.float32 if ".gate." in key else dtype  # a router is fp32 in a model of any dtype
+                        states.setdefault(file, {})[prefix + key] = part.to(kept).contiguous()
+            for file, state in states.items():
+                save(file, state)
+            save(f"topo_tp{rank}_pp0.json", {})
+        save("model_config.pt", _model_config(model, chosen, split_hidden))
     logger.info(f"wrote {folder} in the layout of 2023: {chosen}, tensor size {tensor_size}, {mlp} names")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Callable[[str, Any], None]]:
+    """What saves a file in a folder that becomes `target` once all are written; nothing stays where one can't be."""
+    storage, work = Storage(str(target.parent)), f"{target.name}.tmp-{new_token()}"
+
+    def save(file: str, content: Any) -> None:
+        with writing(f"{target}/{file}"), storage.writer(f"{work}/{file}") as write:
+            torch.save(content, _Stream(write))  # type: ignore[arg-type]
+
+    try:
+        with writing(str(target)):
+            storage.make_folder(work)
+        yield save
+        with writing(str(target)):
+            storage.rename_folder(work, target.name)
+    except BaseException:
+        with suppress(OSError):
+            storage.remove(work)
+        raise
+
+
+class _Stream:
+    """What torch.save writes to."""
+
+    def __init__(self, write: Callable[[bytes | memoryview], None]) -> None:
+        self._write = write
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
 
 
 def _place(key: str, rank: int, mlp: Literal["old", "new"]) -> tuple[str, str]:
