@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [
         {
             "prompt": f"What is {n}?",
-            "chosen": [{"role": "assistant", "content": f"a number {n}"}],
+            "chosen": [{"role": "assistant", "content": f"a number {n}" + " yes" * max(0, n - 13)}],
             "rejected": [{"role": "assistant", "content": "no " * (n % 5 + 1)}],
         }
         for n in range(19)
