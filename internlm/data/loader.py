@@ -242,6 +242,7 @@ class ValidLoader:
         self.name = name
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.rows = WholeSamples(files, options)
+        self.of_pairs = self.rows.of_pairs
         logger.info("validation set %s: %d samples in %d rows", name, self.rows.num_samples, len(self.rows))
         self._loader = _torch_loader(self, self.rows, num_workers=0)
 

@@ -22,14 +22,13 @@ def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport
 
     Collective: the loader has the same number of batches on every rank. The model is put in eval mode meanwhile.
     """
-    of_pairs = loader.rows.of_pairs
     sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)  # loss, correct, margin, what is counted
 
     def add(output: LossOutput, part: Batch) -> None:
         losses = output.token_losses.double()
         correct = (output.correct & (part.labels != IGNORE_INDEX)).sum()
         # the places without a pair have no loss
-        margin = margins(losses)[losses > 0].sum() if of_pairs else losses.new_zeros(())
+        margin = margins(losses)[losses > 0].sum() if loader.of_pairs else losses.new_zeros(())
         sums.add_(torch.stack((losses.sum(), correct, margin, losses.new_tensor(part.num_trained))))
 
     schedule.eval_mode(True)
@@ -42,6 +41,6 @@ def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport
         common_warning(logger, f"Validation dataset: {loader.name} is empty")
         return ValidReport(loader.name, math.nan, math.nan, math.nan, 0)
     loss = loss_sum / count
-    if of_pairs:
+    if loader.of_pairs:
         return ValidReport(loader.name, loss, correct / count, math.nan, int(count), margin_sum / count)
     return ValidReport(loader.name, loss, correct / count, perplexity(loss), int(count))

@@ -96,7 +96,7 @@ def num_rows(config: Config, world_size: int) -> int:
 class ValidRows(list[Batch]):
     """What the trainer wants of a validation set."""
 
-    name = "valid"
+    name, of_pairs = "valid", False
 
 
 @dataclass
