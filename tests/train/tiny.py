@@ -80,6 +80,7 @@ class NamedRows:
 
     name: str
     rows: list[Batch]
+    of_pairs: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.rows)
