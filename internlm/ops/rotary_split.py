@@ -30,10 +30,17 @@ def split_and_rotate_reference(
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [tokens, kv_heads, groups + 2, head_dim] -> q [tokens, heads, head_dim] and k, both turned, and v, each
     [tokens, kv_heads, head_dim]. cos, sin [tokens, head_dim / 2] get no gradient."""
-    return _split_and_rotate(qkv, cos, sin, interleaved)
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.internlm.split_and_rotate(qkv, cos, sin, interleaved)
+    return out
 
 
-@torch.library.custom_op("internlm::split_and_rotate", mutates_args=())
+# Not by `torch.library.custom_op`: see `swiglu.py`.
+_TURN = "Tensor cos, Tensor sin, bool interleaved"
+torch.library.define("internlm::split_and_rotate", f"(Tensor qkv, {_TURN}) -> (Tensor, Tensor, Tensor)")
+torch.library.define("internlm::split_and_rotate_backward", f"(Tensor q, Tensor k, Tensor v, {_TURN}) -> Tensor")
+
+
+@torch.library.impl("internlm::split_and_rotate", "default")
 def _split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.is_cuda and qkv.numel() > 0 and _kernels is not None:
         return _kernels.forward(qkv.contiguous(), cos.contiguous(), sin.contiguous(), interleaved)
@@ -41,14 +48,14 @@ def _split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return q, k, v.clone(memory_format=torch.contiguous_format)  # what an operation returns is no view of its input
 
 
-@_split_and_rotate.register_fake
+@torch.library.register_fake("internlm::split_and_rotate")
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     tokens, kv_heads, rows, size = qkv.shape
     q = qkv.new_empty(tokens, kv_heads * (rows - 2), size)
     return q, qkv.new_empty(tokens, kv_heads, size), qkv.new_empty(tokens, kv_heads, size)
 
 
-@torch.library.custom_op("internlm::split_and_rotate_backward", mutates_args=())
+@torch.library.impl("internlm::split_and_rotate_backward", "default")
 def _join_gradients(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if q.is_cuda and q.numel() > 0 and _kernels is not None:
         return _kernels.backward(*(part.contiguous() for part in (q, k, v, cos, sin)), interleaved)
@@ -56,7 +63,7 @@ def _join_gradients(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, i
     return torch.cat((rotate(q, cos, -sin, interleaved), rotate(k, cos, -sin, interleaved), v.unsqueeze(2)), dim=2)
 
 
-@_join_gradients.register_fake
+@torch.library.register_fake("internlm::split_and_rotate_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     tokens, kv_heads, size = k.shape
     return q.new_empty(tokens, kv_heads, q.shape[1] // kv_heads + 2, size)
@@ -68,7 +75,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:
-    return _join_gradients(q, k, v, *ctx.saved_tensors, ctx.interleaved), None, None, None
+    out = torch.ops.internlm.split_and_rotate_backward(q, k, v, *ctx.saved_tensors, ctx.interleaved)
+    return out, None, None, None
 
 
-_split_and_rotate.register_autograd(_differentiate, setup_context=_setup)
+torch.library.register_autograd("internlm::split_and_rotate", _differentiate, setup_context=_setup)
