@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from internlm.ops import attention_flash4
 from internlm.ops.adamw import adam_scalars, adamw_
 from internlm.ops.attention import attention
 from internlm.ops.attention_ragged import cudnn_applies
@@ -21,10 +22,11 @@ BF16 = torch.bfloat16
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
-    """Median time on the device, after three calls to warm up."""
+    """Median time on the device, after three calls to warm up; the host's own work doesn't count."""
     times = []
     for repeat in range(repeats + 3):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)  # cycles, 1 ms in which the host gets ahead
         start.record()
         function()
         stop.record()
@@ -79,29 +81,29 @@ def cross_entropy(flops: float) -> None:
 
 
 def attentions() -> None:
-    """Forward and backward of 32 heads of 128 over 16k tokens; causal FLOPs by real lengths."""
-    tokens, heads, size = 16384, 32, 128
-    ragged = np.random.default_rng(0).lognormal(np.log(1024) - 0.5, 1.0, 200).astype(int).clip(8, tokens)
-    for longest in (4096, tokens):
-        rows = {f"even {longest}": [longest] * (tokens // longest), "ragged": cut(ragged, longest, tokens)}
+    """Forward and backward over 32k tokens of each backend that is there; causal FLOPs by real lengths."""
+    tokens = 32768
+    drawn = np.random.default_rng(0).lognormal(np.log(1024) - 0.5, 1.0, 400).astype(int).clip(8, tokens)
+    rows = {f"even {longest}": [longest] * (tokens // longest) for longest in (1024, 4096, tokens)}
+    rows |= {f"ragged {longest}": cut(drawn, longest, tokens) for longest in (4096, tokens)}
+    for heads, kv_heads, size in ((32, 32, 128), (16, 8, 128), (16, 16, 64)):
         for name, lengths in rows.items():
             segments = Segments.of(tuple(lengths))
             segments.cu_seqlens = segments.cu_seqlens.to(DEVICE)
-            q, k, v = (random(tokens, heads, size).requires_grad_() for _ in range(3))
-            upstream = random(tokens, heads, size)
+            q, k, v, upstream = (random(tokens, count, size) for count in (heads, kv_heads, kv_heads, heads))
+            inputs = [x.requires_grad_() for x in (q, k, v)]
             flops = 14 / 2 * heads * size * sum(length**2 for length in lengths)
-            for backend in ("sdpa", "varlen", "cudnn"):
-                if (backend == "cudnn" and not cudnn_applies(size)[0]) or (backend == "sdpa" and name == "ragged"):
+            print(f"attention, {heads}/{kv_heads} heads of {size}, {name}: {len(lengths)} segments", end="")
+            for backend in ("flash4", "sdpa", "cudnn", "varlen"):
+                if (backend == "cudnn" and not cudnn_applies(size)[0]) or (backend == "sdpa" and "ragged" in name):
                     continue
-
-                def forward_backward(backend=backend, q=q, k=k, v=v, upstream=upstream, segments=segments):  # type: ignore[no-untyped-def]
-                    attention(q, k, v, segments, backend).backward(upstream)
-
-                time = milliseconds(forward_backward)
-                print(
-                    f"attention {name}, {len(lengths)} segments of at most {max(lengths)}, {backend}: {time:.2f} ms, "
-                    f"{flops / time / 1e9:.0f} TFLOP/s"
-                )
+                if backend == "flash4" and attention_flash4.load():
+                    continue
+                if backend == "varlen" and kv_heads != heads:
+                    continue
+                time = milliseconds(lambda: attention(*inputs, segments, backend).backward(upstream))  # type: ignore[misc]  # noqa: B023
+                print(f", {backend} {time:.2f} ms {flops / time / 1e9:.0f} TFLOP/s", end="")
+            print()
 
 
 def cut(lengths: np.ndarray, longest: int, tokens: int) -> list[int]:

@@ -115,7 +115,7 @@ class ModelConfig(Section):
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile each block; auto: on a GPU, where a block does not communicate"
     )
-    attn_backend: Literal["auto", "sdpa", "cudnn", "varlen", "flash"] = Field(
+    attn_backend: Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"] = Field(
         "auto", description="attention kernel; auto: the fastest that applies (internlm/ops/attention.py)"
     )
     init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")

@@ -6,13 +6,14 @@ kv_heads). Scores are scaled by 1 / sqrt(head_dim).
 Which kernel runs is decided here and nowhere else (`model.attn_backend`):
 
     sdpa    F.scaled_dot_product_attention: segments of one length as a batch in one call, else segment by segment;
-            any device and dtype; on Hopper torch prefers cuDNN, the fastest there is
+            any device and dtype; on Hopper torch prefers cuDNN
+    flash4  the kernels of flash-attn-4, if that is installed; 16-bit on Hopper
     cudnn   ragged segments in one call of cuDNN, if nvidia-cudnn-frontend is installed; 16-bit on Hopper and later
     varlen  the same by the FlashAttention 2 that comes with torch; 16-bit on a GPU
     flash   flash_attn_varlen_func of the flash-attn package (3 if installed, else 2)
 
-"auto" takes sdpa for segments of one length, and for ragged ones the first that applies of cudnn, flash with version 3,
-varlen.
+"auto" takes flash4 where it applies; else sdpa for segments of one length, and for ragged ones the first that applies
+of cudnn, flash with version 3, varlen. benchmarks/README.md has what each achieves.
 """
 
 from collections.abc import Callable
@@ -22,8 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internlm.ops import attention_flash4
+from internlm.ops.attention_flash4 import flash4_applies
 from internlm.ops.attention_ragged import cudnn_applies, ragged_attention
 from internlm.ops.segments import Segments
+from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, log_once
 
 
@@ -43,7 +47,23 @@ def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, int]:
 flash_attn_varlen_func, flash_attn_version = _find_flash_attn()
 logger = get_logger(__name__)
 
-Backend = Literal["auto", "sdpa", "cudnn", "varlen", "flash"]
+Backend = Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"]
+
+
+def prepare_attention(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Loads what compiled blocks will call on `device`, since they can't, and logs which kernels "auto" takes.
+
+    Raises UserError where `backend` can't run.
+    """
+    if device.type != "cuda":
+        return
+    if backend in ("auto", "flash4"):
+        problem = attention_flash4.load()
+        if problem and backend == "flash4":
+            raise UserError(f'model.attn_backend = "flash4": {problem}; its package is in the extra gpu')
+    if backend == "auto":
+        for uniform in (True, False):
+            _log(*_choice(True, dtype, head_dim, uniform))
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -72,27 +92,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Back
 
 def choose_backend(q: Tensor, segments: Segments) -> Backend:
     """The backend for q [tokens, heads, head_dim]; the first time each reason occurs it is logged."""
+    compiling = torch.compiler.is_compiling()
+    if q.is_cuda and not compiling:
+        attention_flash4.load()
     backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.num_equal > 0)
-    if not torch.compiler.is_compiling():
-        log_once(logger, f"attention: {backend} ({reason})")
+    if not compiling:
+        _log(backend, reason)
     return backend
+
+
+def _log(backend: Backend, reason: str) -> None:
+    log_once(logger, f"attention: {backend} ({reason})")
 
 
 def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> tuple[Backend, str]:
     if not on_gpu:
         return "sdpa", "no GPU"
+    sixteen_bit = dtype in (torch.float16, torch.bfloat16)
+    applies, flash4_reason = flash4_applies(head_dim)
+    if applies and sixteen_bit:
+        return "flash4", f"{'segments of one length' if uniform else 'ragged segments'}, {flash4_reason}"
     if uniform:
-        return "sdpa", "segments of one length make a batch"
-    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"segments of one length make a batch; not flash4: {flash4_reason}"
+    if not sixteen_bit:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
     if head_dim % 8 or head_dim > 256:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"
     applies, reason = cudnn_applies(head_dim)
     if applies:
-        return "cudnn", f"ragged segments, {reason}"
+        return "cudnn", f"ragged segments, {reason}; not flash4: {flash4_reason}"
     if flash_attn_version == 3:
-        return "flash", f"ragged segments, flash-attn 3 is installed; not cudnn: {reason}"
-    return "varlen", f"ragged segments, not cudnn: {reason}"
+        return "flash", f"ragged segments, flash-attn 3 is installed; not flash4: {flash4_reason}; not cudnn: {reason}"
+    return "varlen", f"ragged segments; not flash4: {flash4_reason}; not cudnn: {reason}"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

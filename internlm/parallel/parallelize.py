@@ -13,6 +13,7 @@ from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 from internlm.model.transformer import Transformer
+from internlm.ops.attention import prepare_attention
 from internlm.parallel.compile import compile_blocks
 from internlm.parallel.expert import cut_experts, route_by
 from internlm.parallel.offload import offload_blocks
@@ -21,7 +22,7 @@ from internlm.parallel.sequence import cut_sequences
 from internlm.parallel.split import pipeline_layout
 from internlm.parallel.stages import cut_stages, relayed
 from internlm.parallel.tensor import Mode, attach, cut_tensors
-from internlm.utils.device import set_matmul_precision
+from internlm.utils.device import set_matmul_precision, torch_dtype
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
@@ -44,6 +45,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     ]
     for blocks in chunks:
         recompute_blocks(blocks, config.model)
+    prepare_attention(config.model.attn_backend, mesh.device, torch_dtype(config.model.dtype), config.model.head_size)
     compile_blocks(model.layers, config, mesh)
     if config.model.checkpoint == "offload":
         offload_blocks(chunks)

@@ -18,3 +18,8 @@ def launched_rank() -> int:
     """The rank that torchrun or Slurm gave this process; 0 without them, or where it is no number."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdecimal() else 0
+
+
+def set_default(name: str, value: str) -> None:
+    """For a library that is told in no other way. What the user has set stays."""
+    os.environ.setdefault(name, value)

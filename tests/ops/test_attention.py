@@ -1,12 +1,18 @@
 """Every attention backend against the explicit softmax, forward and backward."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 from internlm.ops import attention as room
-from internlm.ops.attention import attention, attention_reference, cached_attention
+from internlm.ops import attention_flash4
+from internlm.ops.attention import attention, attention_reference, cached_attention, prepare_attention
+from internlm.ops.attention_parts import part_attention, part_attention_backward
 from internlm.ops.attention_ragged import cudnn_applies
 from internlm.ops.segments import Segments
+from internlm.utils.errors import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -61,21 +67,27 @@ def test_cpu_agrees_with_reference(lengths, heads, kv_heads):
 @needs_gpu
 @pytest.mark.parametrize("lengths", [*LENGTHS, (300, 1, 723), (512, 512)])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize("backend", ["sdpa", "varlen", "cudnn", "flash", "auto"])
+@pytest.mark.parametrize("backend", ["sdpa", "varlen", "cudnn", "flash", "flash4", "auto"])
 @pytest.mark.parametrize("size", [64, 128])
 def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend, size):
     if backend == "flash" and room.flash_attn_varlen_func is None:
         pytest.skip("no flash-attn")
     if backend == "cudnn" and not cudnn_applies(size)[0]:
         pytest.skip(cudnn_applies(size)[1])
+    if backend == "flash4" and attention_flash4.load():
+        pytest.skip(attention_flash4.load())
     assert_agrees(lengths, heads, kv_heads, size, backend, "cuda", torch.bfloat16, 3e-2)
 
 
 @needs_gpu
-def test_opaque_operation_keeps_its_promises_to_the_compiler():
+@pytest.mark.parametrize("lengths", [(30, 10), (20, 20)])
+@pytest.mark.parametrize("kernel", ["varlen", "flash4"])
+def test_opaque_operation_keeps_its_promises_to_the_compiler(kernel, lengths):
+    if kernel == "flash4" and attention_flash4.load():
+        pytest.skip(attention_flash4.load())
     q, k, v = random_qkv(40, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
-    segments = Segments.of((30, 10))
-    args = q, k, v, segments.cu_seqlens.cuda(), segments.extent, "varlen"
+    segments = Segments.of(lengths)
+    args = q, k, v, segments.cu_seqlens.cuda(), segments.extent, kernel
     torch.library.opcheck(torch.ops.internlm.ragged_attention.default, args)
 
 
@@ -94,14 +106,17 @@ def test_choice():
 
 
 def test_order_of_kernels_for_ragged_segments(monkeypatch):
-    def choice(cudnn: bool, flash: int) -> str:
+    def choice(flash4: bool, cudnn: bool, flash: int) -> str:
+        monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (flash4, "why"))
         monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (cudnn, "why"))
         monkeypatch.setattr(room, "flash_attn_version", flash)
         return room._choice(True, torch.bfloat16, 128, False)[0]
 
-    assert [choice(True, 3), choice(False, 3), choice(False, 2), choice(False, 0)] == ["cudnn", "flash"] + [
-        "varlen"
-    ] * 2
+    order = [choice(True, True, 3), choice(False, True, 3), *(choice(False, False, flash) for flash in (3, 2, 0))]
+    assert order == ["flash4", "cudnn", "flash", "varlen", "varlen"]
+    monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (True, "why"))
+    assert room._choice(True, torch.bfloat16, 128, True)[0] == "flash4"
+    assert room._choice(True, torch.float32, 128, True)[0] == "sdpa"
 
 
 def test_flash_when_installed(monkeypatch):
@@ -113,6 +128,54 @@ def test_flash_when_installed(monkeypatch):
 
     monkeypatch.setattr(room, "flash_attn_varlen_func", stand_in)
     assert_agrees((1, 7, 14), 4, 2, 16, "flash", "cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(1, 7, 14), (8, 8, 8)])
+def test_flash4_when_installed(monkeypatch, lengths):
+    """Called as the package wants it: a batch, with lse [batch, heads, length], or ragged, with lse [heads, tokens]."""
+
+    def flat(q, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+        assert cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q
+        if q.dim() == 4:
+            assert cu_seqlens_q is None
+            return Segments.of((q.shape[1],) * len(q))
+        assert max_seqlen_q >= 14
+        return Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist()))
+
+    def stand_in(q, k, v, causal, return_lse, **ragged):
+        assert causal and return_lse
+        out, lse = part_attention(*(x.flatten(0, -3) for x in (q, k, v)), flat(q, **ragged))
+        lse = lse if q.dim() == 3 else lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
+        return out.view_as(q), lse, None, None, None
+
+    def stand_in_backward(q, k, v, out, dout, lse, causal, **ragged):
+        assert causal and lse.shape == ((q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else q.shape[1::-1])
+        lse = lse if q.dim() == 3 else lse.transpose(0, 1).flatten(1)
+        grads = part_attention_backward(*(x.flatten(0, -3) for x in (dout, q, k, v, out)), lse, flat(q, **ragged))
+        return [x.view_as(like) for x, like in zip(grads, (q, k, v), strict=True)]
+
+    monkeypatch.setattr(attention_flash4, "_kernels", (stand_in, stand_in_backward))
+    assert_agrees(lengths, 4, 2, 16, "flash4", "cpu", torch.float32, 1e-5)
+
+
+def test_flash4_is_done_without_where_it_is_another(monkeypatch):
+    """A release of flash-attn-4 that takes other arguments is no reason to fail, unless it is asked for by name."""
+    package = ModuleType("flash_attn.cute.interface")
+    package._flash_attn_fwd = lambda q, k, v, causal: None
+    package._flash_attn_bwd = None
+    for name, module in (("flash_attn", package), ("flash_attn.cute", package), (package.__name__, package)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(attention_flash4, "_reason", "")
+    monkeypatch.setattr(attention_flash4, "version", lambda name: "5.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")
+    gpu = torch.device("cuda")
+    prepare_attention("sdpa", gpu, torch.bfloat16, 128)
+    assert attention_flash4._reason == ""  # not looked for
+    with pytest.raises(UserError, match=r'attn_backend = "flash4": .* release 5.0 takes no cu_seqlens_k, .*return_lse'):
+        prepare_attention("flash4", gpu, torch.bfloat16, 128)
+    assert not attention_flash4.flash4_applies(128)[0]
+    assert room._choice(True, torch.bfloat16, 128, True)[0] == "sdpa"
 
 
 def test_packed_gradient_stays_in_its_segment():

@@ -1,0 +1,108 @@
+"""FlashAttention 4: kernels for Hopper in CuTe DSL, compiled at their first use (package flash-attn-4).
+
+Its functions for autograd can't be traced by torch.compile, so the two below them that launch kernels are called here,
+behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta: their arguments
+are compared with what they are given here when they are loaded, and attention goes without them if they differ.
+
+Segments of one length go in as a batch, whose backward is 4 % faster than that of ragged segments.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.utils.environment import set_default
+
+_RAGGED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_FORWARD = ("q", "k", "v", "causal", "return_lse", *_RAGGED)
+_BACKWARD = ("q", "k", "v", "out", "dout", "lse", "causal", *_RAGGED)
+
+_kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+_reason = ""  # why there are none; empty before they were looked for
+
+
+def load() -> str:
+    """Looks for the package, once; returns why it can't be used, or "". Compiled code only asks `flash4_applies`.
+
+    Its import takes 3 s, its kernels take as long again until they are on disk: /tmp/USER, or where
+    FLASH_ATTENTION_CUTE_DSL_CACHE_DIR says.
+    """
+    global _kernels, _reason
+    if _kernels is None and not _reason:
+        try:
+            _kernels = _find()
+        except Exception as error:  # a beta with a compiler below it: whatever is wrong with it, others take its place
+            _reason = f"flash-attn-4 can't be used: {error}"
+    return _reason
+
+
+def _find() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    try:
+        release = version("flash-attn-4")
+    except PackageNotFoundError:
+        raise ImportError("it is not installed") from None
+    major = torch.cuda.get_device_capability()[0]
+    if major != 9:
+        raise RuntimeError(f"compute capability {major}.x; it was measured on 9.x")
+    set_default("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    for function, names in ((_flash_attn_fwd, _FORWARD), (_flash_attn_bwd, _BACKWARD)):
+        missing = set(names) - set(signature(function).parameters)
+        if missing:
+            raise TypeError(f"release {release} takes no {', '.join(sorted(missing))}")
+    return _flash_attn_fwd, _flash_attn_bwd
+
+
+def flash4_applies(head_dim: int) -> tuple[bool, str]:
+    """Whether it was measured to be the fastest that runs here, and why or why not."""
+    if _kernels is None:
+        return False, _reason or "flash-attn-4 was not looked for"
+    if head_dim != 128:
+        return False, f"flash-attn-4 was measured with heads of size 128, not {head_dim}"
+    return True, "flash-attn-4 is installed"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, count: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Output as q, log-sum-exp fp32 [heads, tokens] in an order of its own, of q [tokens, heads, head_dim] and k, v
+    [tokens, kv_heads, head_dim].
+
+    `cu_seqlens` int32 [count + 1]; `longest` on the host.
+    """
+    assert _kernels is not None, _reason
+    arranged, ragged = _arrange((q, k, v), cu_seqlens, count, longest)
+    out, lse, *_ = _kernels[0](*arranged, causal=True, return_lse=True, **ragged)
+    return out.flatten(0, -3), lse.view(q.shape[1], q.shape[0])
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    count: int,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    assert _kernels is not None, _reason
+    arranged, ragged = _arrange((q, k, v, out, grad), cu_seqlens, count, longest)
+    lse = lse if ragged else lse.view(count, q.shape[1], longest)
+    dq, dk, dv = (x.flatten(0, -3) for x in _kernels[1](*arranged, lse, causal=True, **ragged))
+    return dq, dk, dv
+
+
+def _arrange(
+    tensors: tuple[Tensor, ...], cu_seqlens: Tensor, count: int, longest: int
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Segments of one length as a batch [count, longest, heads, head_dim], others as they lie, with their ends."""
+    if count * longest == len(tensors[0]):
+        return [x.unflatten(0, (count, longest)) for x in tensors], {}
+    # Only a bound: with less, rows of short segments would be compiled for once more.
+    return list(tensors), dict(zip(_RAGGED, (cu_seqlens, cu_seqlens, *[max(longest, 1024)] * 2), strict=True))
