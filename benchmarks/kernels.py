@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from internlm.ops import attention_flash4
+from internlm.ops import attention_flash
 from internlm.ops.adamw import adam_scalars, adamw_
 from internlm.ops.attention import attention
 from internlm.ops.attention_ragged import cudnn_applies
@@ -97,7 +97,7 @@ def attentions() -> None:
             for backend in ("flash4", "sdpa", "cudnn", "varlen"):
                 if (backend == "cudnn" and not cudnn_applies(size)[0]) or (backend == "sdpa" and "ragged" in name):
                     continue
-                if backend == "flash4" and attention_flash4.load():
+                if backend == "flash4" and attention_flash.load_flash4():
                     continue
                 if backend == "varlen" and kv_heads != heads:
                     continue

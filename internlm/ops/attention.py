@@ -16,35 +16,19 @@ Which kernel runs is decided here and nowhere else (`model.attn_backend`):
 of cudnn, flash with version 3, varlen. benchmarks/README.md has what each achieves.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.ops import attention_flash4
-from internlm.ops.attention_flash4 import flash4_applies
+from internlm.ops import attention_flash
+from internlm.ops.attention_flash import flash4_applies, flash_attn_varlen_func, flash_attn_version
 from internlm.ops.attention_ragged import cudnn_applies, ragged_attention
 from internlm.ops.segments import Segments
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, log_once
 
-
-def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, int]:
-    """The package's function and its version, looked up once: a compiled block cannot import."""
-    try:
-        from flash_attn_interface import flash_attn_varlen_func
-    except ImportError:
-        try:
-            from flash_attn import flash_attn_varlen_func
-        except ImportError:
-            return None, 0
-        return flash_attn_varlen_func, 2
-    return flash_attn_varlen_func, 3
-
-
-flash_attn_varlen_func, flash_attn_version = _find_flash_attn()
 logger = get_logger(__name__)
 
 Backend = Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"]
@@ -58,7 +42,7 @@ def prepare_attention(backend: Backend, device: torch.device, dtype: torch.dtype
     if device.type != "cuda":
         return
     if backend in ("auto", "flash4"):
-        problem = attention_flash4.load()
+        problem = attention_flash.load_flash4()
         if problem and backend == "flash4":
             raise UserError(f'model.attn_backend = "flash4": {problem}; its package is in the extra gpu')
     if backend == "auto":
@@ -94,7 +78,7 @@ def choose_backend(q: Tensor, segments: Segments) -> Backend:
     """The backend for q [tokens, heads, head_dim]; the first time each reason occurs it is logged."""
     compiling = torch.compiler.is_compiling()
     if q.is_cuda and not compiling:
-        attention_flash4.load()
+        attention_flash.load_flash4()
     backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.num_equal > 0)
     if not compiling:
         _log(backend, reason)

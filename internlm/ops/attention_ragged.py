@@ -5,7 +5,7 @@ waiting for the device.
 
     varlen  torch's FlashAttention 2, whose grid is as long as the longest segment
     cudnn   cuDNN, by graphs that `attention_cudnn.py` builds
-    flash4  FlashAttention 4 (`attention_flash4.py`), which is the fastest for segments of one length as well
+    flash4  FlashAttention 4 (`attention_flash.py`), which is the fastest for segments of one length as well
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.ops import attention_flash4
+from internlm.ops import attention_flash
 
 
 def _import_cudnn() -> tuple[Any, str]:
@@ -54,7 +54,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, extent: Tensor
     if kernel == "cudnn":
         return _cudnn.forward(q, k, v, cu_seqlens, count, longest)
     if kernel == "flash4":
-        return attention_flash4.forward(q, k, v, cu_seqlens, count, longest)
+        return attention_flash.forward(q, k, v, cu_seqlens, count, longest)
     ends = cu_seqlens, cu_seqlens, longest, longest
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, True, False, scale=q.shape[-1] ** -0.5)
     return out, lse
@@ -83,7 +83,7 @@ def _backward(
     if kernel == "cudnn":
         return _cudnn.backward(grad, q, k, v, out, lse, cu_seqlens, count, longest)
     if kernel == "flash4":
-        return attention_flash4.backward(grad, q, k, v, out, lse, cu_seqlens, count, longest)
+        return attention_flash.backward(grad, q, k, v, out, lse, cu_seqlens, count, longest)
     ends = cu_seqlens, cu_seqlens, longest, longest
     no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(

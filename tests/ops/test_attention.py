@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from internlm.ops import attention as room
-from internlm.ops import attention_flash4
+from internlm.ops import attention_flash
 from internlm.ops.attention import attention, attention_reference, cached_attention, prepare_attention
 from internlm.ops.attention_parts import part_attention, part_attention_backward
 from internlm.ops.attention_ragged import cudnn_applies
@@ -74,8 +74,8 @@ def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend, size
         pytest.skip("no flash-attn")
     if backend == "cudnn" and not cudnn_applies(size)[0]:
         pytest.skip(cudnn_applies(size)[1])
-    if backend == "flash4" and attention_flash4.load():
-        pytest.skip(attention_flash4.load())
+    if backend == "flash4" and attention_flash.load_flash4():
+        pytest.skip(attention_flash.load_flash4())
     assert_agrees(lengths, heads, kv_heads, size, backend, "cuda", torch.bfloat16, 3e-2)
 
 
@@ -83,8 +83,8 @@ def test_gpu_16bit_agrees_with_reference(lengths, heads, kv_heads, backend, size
 @pytest.mark.parametrize("lengths", [(30, 10), (20, 20)])
 @pytest.mark.parametrize("kernel", ["varlen", "flash4"])
 def test_opaque_operation_keeps_its_promises_to_the_compiler(kernel, lengths):
-    if kernel == "flash4" and attention_flash4.load():
-        pytest.skip(attention_flash4.load())
+    if kernel == "flash4" and attention_flash.load_flash4():
+        pytest.skip(attention_flash.load_flash4())
     q, k, v = random_qkv(40, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
     segments = Segments.of(lengths)
     args = q, k, v, segments.cu_seqlens.cuda(), segments.extent, kernel
@@ -154,7 +154,7 @@ def test_flash4_when_installed(monkeypatch, lengths):
         grads = part_attention_backward(*(x.flatten(0, -3) for x in (dout, q, k, v, out)), lse, flat(q, **ragged))
         return [x.view_as(like) for x, like in zip(grads, (q, k, v), strict=True)]
 
-    monkeypatch.setattr(attention_flash4, "_kernels", (stand_in, stand_in_backward))
+    monkeypatch.setattr(attention_flash, "_kernels", (stand_in, stand_in_backward))
     assert_agrees(lengths, 4, 2, 16, "flash4", "cpu", torch.float32, 1e-5)
 
 
@@ -165,16 +165,16 @@ def test_flash4_is_done_without_where_it_is_another(monkeypatch):
     package._flash_attn_bwd = None
     for name, module in (("flash_attn", package), ("flash_attn.cute", package), (package.__name__, package)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(attention_flash4, "_reason", "")
-    monkeypatch.setattr(attention_flash4, "version", lambda name: "5.0")
+    monkeypatch.setattr(attention_flash, "_reason", "")
+    monkeypatch.setattr(attention_flash, "version", lambda name: "5.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")
     gpu = torch.device("cuda")
     prepare_attention("sdpa", gpu, torch.bfloat16, 128)
-    assert attention_flash4._reason == ""  # not looked for
+    assert attention_flash._reason == ""  # not looked for
     with pytest.raises(UserError, match=r'attn_backend = "flash4": .* release 5.0 takes no cu_seqlens_k, .*return_lse'):
         prepare_attention("flash4", gpu, torch.bfloat16, 128)
-    assert not attention_flash4.flash4_applies(128)[0]
+    assert not attention_flash.flash4_applies(128)[0]
     assert room._choice(True, torch.bfloat16, 128, True)[0] == "sdpa"
 
 

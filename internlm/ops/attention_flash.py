@@ -1,8 +1,10 @@
-"""FlashAttention 4: kernels for Hopper in CuTe DSL, compiled at their first use (package flash-attn-4).
+"""Attention by the packages of FlashAttention's authors: flash-attn 2 or 3, and flash-attn-4.
 
-Its functions for autograd can't be traced by torch.compile, so the two below them that launch kernels are called here,
-behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta: their arguments
-are compared with what they are given here when they are loaded, and attention goes without them if they differ.
+The function of the former is called as it is. The latter has kernels for Hopper in CuTe DSL, compiled at their first
+use. Its functions for autograd can't be traced by torch.compile, so the two below them that launch kernels are called
+here, behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta: their
+arguments are compared with what they are given here when they are loaded, and attention goes without them if they
+differ.
 
 Segments of one length go in as a batch, whose backward is 4 % faster than that of ragged segments.
 """
@@ -17,6 +19,22 @@ from torch import Tensor
 
 from internlm.utils.environment import set_default
 
+
+def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, int]:
+    """The package's function and its version, looked up once: a compiled block cannot import."""
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except ImportError:
+        try:
+            from flash_attn import flash_attn_varlen_func
+        except ImportError:
+            return None, 0
+        return flash_attn_varlen_func, 2
+    return flash_attn_varlen_func, 3
+
+
+flash_attn_varlen_func, flash_attn_version = _find_flash_attn()
+
 _RAGGED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _FORWARD = ("q", "k", "v", "causal", "return_lse", *_RAGGED)
 _BACKWARD = ("q", "k", "v", "out", "dout", "lse", "causal", *_RAGGED)
@@ -25,7 +43,7 @@ _kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 _reason = ""  # why there are none; empty before they were looked for
 
 
-def load() -> str:
+def load_flash4() -> str:
     """Looks for the package, once; returns why it can't be used, or "". Compiled code only asks `flash4_applies`.
 
     Its import takes 3 s, its kernels take as long again until they are on disk: /tmp/USER, or where
@@ -73,7 +91,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, count: int, lon
 
     `cu_seqlens` int32 [count + 1]; `longest` on the host.
     """
-    assert _kernels is not None, _reason
+    problem = load_flash4()
+    assert _kernels is not None, problem
     arranged, ragged = _arrange((q, k, v), cu_seqlens, count, longest)
     out, lse, *_ = _kernels[0](*arranged, causal=True, return_lse=True, **ragged)
     return out.flatten(0, -3), lse.view(q.shape[1], q.shape[0])
