@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 # FLOP of a product from which on symmetric memory is used. Between two H100s products of 0.4 TFLOP and more became 7 to
 # 17 % faster by it; a whole step of the 1.8B, of products of 0.07 to 0.27 TFLOP, became a quarter slower.
-_WORTHWHILE = 4e11
+WORTHWHILE = 4e11
 
 
 def gather_matmul(x: Tensor, b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def _is_fused(x: Tensor, b: Tensor, group: Group, copies: int = 1) -> bool:
     if not x.is_cuda or not _has_peers(group):
         return False
     flop = 2 * copies * x.shape[0] * b.numel()
-    fused = flop >= _WORTHWHILE
+    fused = flop >= WORTHWHILE
     path = "symmetric memory" if fused else "a collective, too small for symmetric memory"
     log_once(logger, f"products of {flop / 1e12:.2f} TFLOP between {group.size()} ranks: {path}")
     return fused
