@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCK = 4096
 IGNORE_INDEX = -100
+LOWEST: tl.constexpr = -3e38  # a column's largest before it has seen a logit: finite, as inf - inf is no number
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def _losses_and_gradient(
     VOCAB: tl.constexpr,
     IGNORED: tl.constexpr,
     GRADIENT: tl.constexpr,
+    SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """losses: -log p(label); objective: with smoothing and z-loss; if GRADIENT, logits become its gradient * scale."""
@@ -38,41 +40,48 @@ def _losses_and_gradient(
     at_label = tl.load(logits + tl.where(trained, label, 0)).to(tl.float32)
     columns = tl.arange(0, BLOCK)
 
-    # Largest logit and its first place, sum of exponentials relative to the running largest, sum of logits.
-    best = float("-inf")
-    place = 0
-    exponentials = 0.0
-    total = 0.0
+    # For each column of a block: the largest logit and its place, the sum of exponentials relative to it, the sum of
+    # logits. Threads meet only after the loop: a reduction for each block took most of the kernel's time.
+    lane_best = tl.full((BLOCK,), LOWEST, tl.float32)
+    lane_place = tl.zeros((BLOCK,), tl.int32)
+    lane_exponentials = tl.zeros((BLOCK,), tl.float32)
+    lane_total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         inside = start + columns < VOCAB
         x = tl.load(logits + start + columns, inside, float("-inf")).to(tl.float32)
-        block_best = tl.max(x, 0)
-        block_place = start + tl.argmax(x, 0)
-        place = tl.where(block_best > best, block_place, place)
-        largest = tl.maximum(best, block_best)
-        exponentials = exponentials * tl.exp(best - largest) + tl.sum(tl.exp(x - largest), 0)
-        total += tl.sum(tl.where(inside, x, 0.0), 0)
-        best = largest
+        above = x - lane_best
+        smaller = tl.exp(-tl.abs(above))  # of the two, relative to the larger
+        lane_exponentials = tl.where(above > 0, lane_exponentials * smaller + 1, lane_exponentials + smaller)
+        lane_place = tl.where(above > 0, start + columns, lane_place)
+        lane_best = tl.maximum(lane_best, x)
+        if SMOOTH:
+            lane_total += tl.where(inside, x, 0.0)
+    best = tl.max(lane_best, 0)
+    place = tl.min(tl.where(lane_best == best, lane_place, VOCAB), 0)  # the first of equals
+    exponentials = tl.sum(lane_exponentials * tl.exp(lane_best - best), 0)
     # Relative to the largest: near certainty, what is missing to p = 1 would drown in log_sum's rounding.
     above_best = tl.log(exponentials)
     log_sum = best + above_best
 
     loss = tl.where(trained, best - at_label + above_best, 0.0)
-    uniform = tl.where(trained, log_sum - total / VOCAB, 0.0)
     z = tl.where(trained, z_weight * log_sum * log_sum, 0.0)
     tl.store(losses + row, loss)
-    tl.store(objective + row, (1 - smoothing) * loss + smoothing * uniform + z)
+    if SMOOTH:
+        uniform = tl.where(trained, log_sum - tl.sum(lane_total, 0) / VOCAB, 0.0)
+        tl.store(objective + row, (1 - smoothing) * loss + smoothing * uniform + z)
+    else:
+        tl.store(objective + row, loss + z)
     tl.store(correct + row, place == label)
 
     if GRADIENT:
         scale = tl.where(trained, scale, 0.0)
-        # d/dx of log_sum is p, which the z-loss weighs by 2 z log_sum more
-        of_p = scale * (1 + 2 * z_weight * log_sum)
+        # d/dx of log_sum is p = exp(x - best) / exponentials, which the z-loss weighs by 2 z log_sum more
+        of_p = tl.div_rn(scale * (1 + 2 * z_weight * log_sum), exponentials)
         for start in range(0, VOCAB, BLOCK):
             inside = start + columns < VOCAB
             x = tl.load(logits + start + columns, inside, 0.0).to(tl.float32)
             target = tl.where(start + columns == label, 1 - smoothing, 0.0) + smoothing / VOCAB
-            gradient = tl.div_rn(tl.exp(x - best), exponentials) * of_p - scale * target
+            gradient = tl.exp(x - best) * of_p - scale * target
             tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), inside)
 
 
@@ -101,6 +110,7 @@ def losses_and_gradient_(
         vocab,
         IGNORE_INDEX,
         gradient,
+        smoothing > 0,
         BLOCK,
         num_warps=8,
     )
