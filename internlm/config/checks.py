@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from internlm.config.layout import find_layout_problems
+from internlm.config.layout import divisors, find_layout_problems, not_divided
 from internlm.config.schema import V_SCHEDULES, Config
 from internlm.utils.errors import UserError
 
@@ -46,20 +46,16 @@ def heads(config: Config) -> Problems:
     hidden, query = model.hidden_size, model.num_attention_heads
     kv = model.num_kv_heads
     if model.head_dim is None and hidden % query:
-        yield (
-            f"model.hidden_size = {hidden} does not divide by model.num_attention_heads = {query} "
-            f"({hidden} = {hidden // query} * {query} + {hidden % query}); change one or set model.head_dim"
-        )
+        what = not_divided("model.hidden_size", hidden, "model.num_attention_heads", query)
+        yield f"{what}; change one, or set model.head_dim"
     elif model.head_size % 2:
         origin = (
             "model.head_dim" if model.head_dim else f"model.hidden_size / model.num_attention_heads = {hidden}/{query}"
         )
-        yield f"{origin} = {model.head_size}: rotary turns pairs of elements, so it must be even"
+        yield f"{origin} = {model.head_size}: rotary turns pairs of elements; set model.head_dim to an even number"
     if query % kv:
-        yield (
-            f"model.num_attention_heads = {query} does not divide by model.num_kv_attention_heads = {kv} "
-            f"({query} = {query // kv} * {kv} + {query % kv}): each key/value head serves as many query heads"
-        )
+        what = not_divided("model.num_attention_heads", query, "model.num_kv_attention_heads", kv)
+        yield f"{what}; each key/value head serves as many query heads. Set the latter to one of {divisors(query)}"
 
 
 def rotary(config: Config) -> Problems:
@@ -79,7 +75,10 @@ def experts(config: Config) -> Problems:
     if model.num_experts == 1:
         return
     if moe.top_k > model.num_experts:
-        yield f"model.moe.top_k = {moe.top_k} exceeds model.num_experts = {model.num_experts}; a token needs so many"
+        yield (
+            f"model.moe.top_k = {moe.top_k} exceeds model.num_experts = {model.num_experts}, and a token goes to "
+            f"different ones; set model.moe.top_k to {model.num_experts} or less"
+        )
     if moe.mix_shared and moe.num_shared_experts != 1:
         yield (
             f"model.moe.mix_shared weighs one shared expert against the routed ones, but model.moe.num_shared_experts "
@@ -103,11 +102,11 @@ def batches(config: Config) -> Problems:
     if data.skip_batches:
         yield from _skip(data.skip_batches)
     if data.type in ("text", "chat", "preference") and data.tokenizer_path is None:
-        yield f'data.type = "{data.type}" needs data.tokenizer_path, a sentencepiece model'
+        yield f'data.type = "{data.type}" needs data.tokenizer_path; give that of a sentencepiece model'
     if data.pack_sample_into_one and data.packing not in (None, "cut"):
         yield f'data.pack_sample_into_one = True joins samples, data.packing = "{data.packing}" parts them; keep one'
     if data.type in ("text", "chat", "preference", "megatron") and data.train_folder is None:
-        yield f'data.type = "{data.type}" needs data.train_folder'
+        yield f'data.type = "{data.type}" needs data.train_folder; give it'
 
 
 def _rampup(text: str, micro_num: int) -> Problems:
@@ -117,9 +116,12 @@ def _rampup(text: str, micro_num: int) -> Problems:
         return
     start, increment, every = map(int, words)
     if min(start, increment, every) < 1:
-        yield f"data.rampup_batch_size = {text!r}: START, INCR and EVERY are at least 1"
+        yield f"data.rampup_batch_size = {text!r}: START, INCR and EVERY must be 1 or more"
     if start > micro_num:
-        yield f"data.rampup_batch_size = {text!r} starts with {start} micro batches, above data.micro_num = {micro_num}"
+        yield (
+            f"data.rampup_batch_size = {text!r} starts with {start} micro batches, above data.micro_num = {micro_num}; "
+            f"start with {micro_num} or fewer"
+        )
 
 
 def _skip(text: str) -> Problems:
@@ -127,13 +129,13 @@ def _skip(text: str) -> Problems:
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
         if match is None:
-            yield f'data.skip_batches = {text!r}: {item!r} is neither a batch "N" nor a span "A-B"'
+            yield f'data.skip_batches = {text!r}: expected batches "N" and spans "A-B" for {item!r}'
             return
         first, end = int(match[1]), int(match[2] or match[1])
         if end < first:
-            yield f"data.skip_batches = {text!r}: the span {item.strip()} ends before it begins"
+            yield f"data.skip_batches = {text!r}: {item.strip()} ends before it begins; write {end}-{first}"
         elif first <= last:
-            yield f"data.skip_batches = {text!r}: {item.strip()} comes after {last}; spans ascend and do not overlap"
+            yield f"data.skip_batches = {text!r}: {item.strip()} comes after {last}; spans must ascend, without overlap"
         last = max(last, end)
 
 
@@ -147,7 +149,7 @@ def adapters(config: Config) -> Problems:
             'would leave out others of the inputs that they share; set lora.dropout = 0 or parallel.tensor.mode = "msp"'
         )
     if config.ckpt.load_ckpt_info is None:
-        yield "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set, so they would be random"
+        yield "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set, so they are random; set it"
     if config.lora.dropout and config.model.checkpoint:
         yield (
             f"lora.dropout = {config.lora.dropout} with model.checkpoint = {config.model.checkpoint}: a recomputed "
@@ -173,7 +175,8 @@ def offloading(config: Config) -> Problems:
 def preference(config: Config) -> Problems:
     data, parallel = config.data, config.parallel
     if (config.dpo is None) != (data.type != "preference"):
-        yield f'data.type = "{data.type}" with dpo = {config.dpo}: "preference" and a dpo section belong together'
+        what = f'data.type = "{data.type}" with dpo = {config.dpo}'
+        yield f'{what}: "preference" and a dpo section belong together; set both or neither'
     if config.dpo is None:
         return
     if data.micro_bsz < 2:
@@ -183,7 +186,7 @@ def preference(config: Config) -> Problems:
     if config.loss.label_smoothing or config.loss.z_loss or config.loss.reduction != "token":
         yield "dpo: loss.label_smoothing, z_loss and reduction do not apply to pairs; leave them out"
     if config.ckpt.load_ckpt_info is None:
-        yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set"
+        yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set; set it"
     sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("pipeline", "ring", "ulysses")}
     if set(sizes.values()) != {1}:
         yield f"dpo: an answer's log-probability is summed on one rank, but parallel has {sizes}; set all to 1"
@@ -196,7 +199,7 @@ def evaluation(config: Config) -> Problems:
     if not asked.every:
         return
     if config.data.tokenizer_path is None:
-        yield "evaluation: texts need data.tokenizer_path, which is not set"
+        yield "evaluation: texts need data.tokenizer_path, which is not set; set it"
     if asked.tasks and sizes["ring"] * sizes["ulysses"] > 1:
         yield (
             "evaluation.tasks where rows are cut between ranks (parallel.context, isp): a text is scored on one rank; "
@@ -213,9 +216,10 @@ def schedule(config: Config) -> Problems:
     if lr.init_steps + warmup + decay > total:
         terms = [f"lr_scheduler.init_steps {lr.init_steps}", f"warm-up {warmup} (warmup_ratio {lr.warmup_ratio})"]
         terms += [f"decay {decay} (decay_ratio {lr.decay_ratio})"] if decay else []
-        yield f"{' + '.join(terms)} = {lr.init_steps + warmup + decay} steps, more than {source} = {total}"
+        steps = f"{' + '.join(terms)} = {lr.init_steps + warmup + decay} steps"
+        yield f"{steps}, more than {source} = {total}; lower one of them"
     if lr.type != "constant" and lr.eta_min > config.adam.lr:
-        yield f"lr_scheduler.eta_min = {lr.eta_min} is above the peak adam.lr = {config.adam.lr}"
+        yield f"lr_scheduler.eta_min = {lr.eta_min} is above the peak adam.lr = {config.adam.lr}; lower it"
     beta2 = config.beta2_scheduler
     if config.adam.adam_beta1 == 1 or config.adam.adam_beta2 == 1 or beta2.init_beta2 == 1:
         yield "adam.adam_beta1, adam.adam_beta2 and beta2_scheduler.init_beta2 must be below 1"
@@ -235,7 +239,7 @@ def checkpoints(config: Config) -> Problems:
     if is_local(load.path):
         yield from _folder("ckpt.load_ckpt_info.path", load.path)
         if load.ckpt_type == "hf" and Path(load.path).is_dir() and not Path(load.path, "config.json").exists():
-            yield f"ckpt.load_ckpt_info.path = {load.path!r}: no config.json in it, so it is no Hugging Face folder"
+            yield f"ckpt.load_ckpt_info.path = {load.path!r}: no config.json in it; name a Hugging Face folder"
 
 
 def files(config: Config) -> Problems:
@@ -249,10 +253,10 @@ def files(config: Config) -> Problems:
     tokenizer = data.tokenizer_path
     folder_allowed = data.type in ("chat", "preference")
     if tokenizer is not None and is_local(tokenizer) and not _is_there(Path(tokenizer), folder_allowed):
-        yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file"
+        yield f"data.tokenizer_path = {data.tokenizer_path!r}: no such file; name one that is there"
     for key, folder in (("run_dir", config.run_dir), ("ckpt.save_ckpt_folder", config.ckpt.save_ckpt_folder)):
         if folder is not None and is_local(folder) and Path(folder).is_file():
-            yield f"{key} = {folder!r} is a file; a folder is written there"
+            yield f"{key} = {folder!r} is a file; name a folder, to be written there"
 
 
 def _is_there(path: Path, folder_allowed: bool) -> bool:
@@ -269,7 +273,7 @@ def _folder(key: str, text: str) -> Problems:
         return
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     start = "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
-    yield f"{key} = {text!r}: no such folder ({parent} is the last part that exists{start})"
+    yield f"{key} = {text!r}: no such folder ({parent} is the last part that exists{start}); name one that is there"
 
 
 def _mixture(config: Config) -> Problems:
@@ -277,16 +281,16 @@ def _mixture(config: Config) -> Problems:
     if not data.mixture:
         return
     if sum(data.mixture.values()) == 0:
-        yield f"data.mixture = {data.mixture}: all weights are 0"
+        yield f"data.mixture = {data.mixture}: all weights are 0; set one above"
     if data.train_folder is None:
-        yield "data.mixture weighs the entries of data.train_folder, which is not set"
+        yield "data.mixture weighs the entries of data.train_folder, which is not set; set it"
     elif Path(data.train_folder).is_dir():
         entries = {entry.name for entry in Path(data.train_folder).iterdir()}
         known = entries | {name.split(".")[0] for name in entries}
         for name in data.mixture:
             if name not in known:
                 has = ", ".join(sorted(entries)) or "none"
-                yield f"data.mixture.{name}: no such entry in {data.train_folder}, which has {has}"
+                yield f"data.mixture.{name}: no such entry in {data.train_folder}; name one of {has}"
 
 
 def alerts(config: Config) -> Problems:

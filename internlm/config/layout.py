@@ -5,6 +5,7 @@ Every check yields one line a problem, as in checks.py: keys, values, the arithm
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from math import gcd
 
 from internlm.config.schema import V_SCHEDULES, Config, DataConfig, ModelConfig, ParallelConfig
 
@@ -52,11 +53,12 @@ def tensor(config: Config) -> Problems:
             yield f"{not_divided(what, number, key, ranks)}; {unit}. Set {key} to one of {divisors(number)}"
     if model.fp8:
         yield f"model.fp8 = True: the products of {key} = {ranks} tensor ranks have no 8-bit form; turn one off"
-    row = data.seq_len * data.micro_bsz // _parts_of_a_row(parallel)
+    parts = parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"]
+    row = data.seq_len * data.micro_bsz // parts
     if parallel.tensor.mode != "mtp" and row % ranks:
         yield (
             f"{not_divided('tokens of a row on one rank', row, key, ranks)}; parallel.tensor.mode = "
-            f'"{parallel.tensor.mode}" deals them out: change data.seq_len, or set mode="mtp"'
+            f'"{parallel.tensor.mode}" deals them out. Set data.seq_len to {_fitting(config, ranks)}, or mode to "mtp"'
         )
 
 
@@ -66,9 +68,8 @@ def context(config: Config) -> Problems:
     ring, ulysses, tensor = (parallel.axis_sizes[axis] for axis in ("ring", "ulysses", "tensor"))
     if tensor < 1 or ulysses < 1:
         return  # told by `sizes`
-    key = "parallel.tensor.size (isp)" if parallel.tensor.mode == "isp" else "parallel.context.ulysses"
-    tokens, row = data.seq_len * data.micro_bsz, "data.seq_len * data.micro_bsz"
-    fitting = _next_multiple(data.seq_len, ring * ulysses * (2 if ring > 1 else 1))
+    key, it = _ulysses_key(parallel)
+    tokens, row, fitting = data.seq_len * data.micro_bsz, "data.seq_len * data.micro_bsz", _fitting(config)
     if ring > 1 and tokens % (2 * ring):
         yield (
             f"{not_divided(row, tokens, '2 * parallel.context.ring', 2 * ring)}; each ring rank computes one early and "
@@ -83,12 +84,25 @@ def context(config: Config) -> Problems:
     if heads % ulysses:
         yield (
             f"{not_divided('query heads of a tensor rank', heads, key, ulysses)}; around attention each rank computes "
-            f"whole heads. Set it to one of {divisors(heads)}, and cut rows further by parallel.context.ring"
+            f"whole heads. Set {it} to one of {divisors(heads)}, and cut rows further by parallel.context.ring"
         )
 
 
-def _next_multiple(number: int, of: int) -> int:
-    return (number + of - 1) // of * of
+def _ulysses_key(parallel: ParallelConfig) -> tuple[str, str]:
+    """What says how many ulysses ranks there are, and what to call it: `isp` multiplies two keys."""
+    if parallel.tensor.mode != "isp":
+        return "parallel.context.ulysses", "it"
+    if parallel.context.ulysses == 1:
+        return "parallel.tensor.size (isp)", "it"
+    factors = f"parallel.context.ulysses {parallel.context.ulysses} * parallel.tensor.size {parallel.tensor.size} (isp)"
+    return factors, "their product"
+
+
+def _fitting(config: Config, tensor: int = 1) -> int:
+    """The next data.seq_len whose rows come in equal parts, to be dealt out to so many tensor ranks as well."""
+    ring, ulysses = (config.parallel.axis_sizes[axis] for axis in ("ring", "ulysses"))
+    parts = ring * ulysses * tensor * (2 if ring > 1 else 1)
+    return (config.data.seq_len + parts - 1) // parts * parts
 
 
 def chunks(config: Config) -> Problems:
@@ -97,7 +111,10 @@ def chunks(config: Config) -> Problems:
     stages, per_stage, schedule = pipeline.size, config.chunks_per_stage, config.pipeline_schedule
     if stages < 2:
         if model.num_chunks > 1:
-            yield f"model.num_chunks = {model.num_chunks} needs parallel.pipeline.size > 1, which is {stages}"
+            yield (
+                f"model.num_chunks = {model.num_chunks} needs parallel.pipeline.size > 1, which is {stages}; raise "
+                "that, or set model.num_chunks = 1"
+            )
         return
     key = f'parallel.pipeline.schedule = "{schedule}"'
     if schedule == "interleaved" and per_stage == 1:
@@ -110,11 +127,17 @@ def chunks(config: Config) -> Problems:
     chunks_text = f"parallel.pipeline.size {stages} * {per_stage} chunks per stage = {count} chunks"
     if isinstance(pipeline.split, tuple):
         if len(pipeline.split) != count:
-            yield f"parallel.pipeline.split has {len(pipeline.split)} numbers of blocks, for {chunks_text}"
+            yield (
+                f"parallel.pipeline.split has {len(pipeline.split)} numbers of blocks, for {chunks_text}; give {count} "
+                'numbers, or "even"'
+            )
         if sum(pipeline.split) != model.num_layers:
             terms = " + ".join(map(str, pipeline.split))
             total = f"{terms} = {sum(pipeline.split)}"
-            yield f"parallel.pipeline.split = {total} blocks, but model.num_layers = {model.num_layers}"
+            yield (
+                f"parallel.pipeline.split = {total} blocks, but model.num_layers = {model.num_layers}; give numbers "
+                f'that add up to {model.num_layers}, or "even"'
+            )
     elif model.num_layers < count:
         yield f"model.num_layers = {model.num_layers} is less than a block for each of {chunks_text}; lower one of them"
     elif schedule == "interleaved" and pipeline.split == "even" and model.num_layers % per_stage:
@@ -131,20 +154,19 @@ def pipeline_batches(config: Config) -> Problems:
         return
     needed = 2 * stages if schedule == "dualpipev" else stages
     for count in _micro_nums(data):
-        where = "data.micro_num ="
-        if count < data.micro_num:
-            where = f"data.rampup_batch_size = {data.rampup_batch_size!r} has steps of"
+        rising = count < data.micro_num
+        found = f"data.rampup_batch_size = {data.rampup_batch_size!r} has steps of" if rising else "data.micro_num ="
         if count < needed:
             yield (
-                f'{where} {count} micro batches are fewer than {needed}, the least for "{schedule}" on '
-                f"parallel.pipeline.size = {stages} stages; raise it to {needed} or more"
+                f'{found} {count} micro batches, but "{schedule}" on parallel.pipeline.size = {stages} stages needs '
+                f"{needed}; {'let it start with' if rising else 'set'} {needed} or more"
             )
         elif schedule == "interleaved" and count % (count // stages):
-            rounds = count // stages
+            rounds, below = count // stages, count // stages * stages
+            fix = f"let START and INCR be multiples of {stages}" if rising else f"set {below} or {below + stages}"
             yield (
-                f"{where} {count} micro batches don't make {rounds} equal rounds over parallel.pipeline.size = "
-                f'{stages} stages, as "interleaved" has them ({count} = {count // rounds} * {rounds} + '
-                f"{count % rounds}); the next that do: {count // stages * stages}, {(count // stages + 1) * stages}"
+                f'{found} {count} micro batches, but "interleaved" has equal rounds of parallel.pipeline.size = '
+                f"{stages} or more, and {count} = {rounds} * {count // rounds} + {count % rounds}; {fix}"
             )
 
 
@@ -176,16 +198,12 @@ def expert(config: Config) -> Problems:
         what = not_divided("model.num_experts", model.num_experts, key, ranks)
         yield f"{what}; each rank holds as many. Set {key} to one of {divisors(model.num_experts)}"
     tensor, tokens = parallel.axis_sizes["tensor"], config.data.seq_len * config.data.micro_bsz
-    tokens //= _parts_of_a_row(parallel)
+    tokens //= parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"]
     if parallel.tensor.mode == "mtp" and tensor > 1 and tokens % tensor:
         yield (
             f"{not_divided('tokens of a row on one rank', tokens, 'parallel.tensor.size', tensor)}; tensor ranks deal "
-            "them out before experts compute them: change data.seq_len"
+            f"them out before experts compute them. Set data.seq_len to {_fitting(config, tensor)}"
         )
-
-
-def _parts_of_a_row(parallel: ParallelConfig) -> int:
-    return parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"]
 
 
 def _axes_text(parallel: ParallelConfig) -> str:
@@ -214,10 +232,11 @@ def expert_world(config: Config, world_size: int | None) -> Problems:
         return
     in_stage = world_size // stages
     if in_stage % ranks:
+        fitting = gcd(in_stage, config.model.num_experts)
         what = not_divided(
             f"ranks of a stage ({world_size} / pipeline {stages})", in_stage, "parallel.expert.size", ranks
         )
-        yield f"{what}; they hold all experts as many times over. Set it to one of {divisors(in_stage)}"
+        yield f"{what}; they hold all experts as many times over. Set it to one of {divisors(fitting)}"
 
 
 def zero_sizes(config: Config, world_size: int | None) -> Problems:

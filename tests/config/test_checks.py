@@ -5,6 +5,7 @@ import pytest
 from internlm.config.checks import ConfigError, check, find_problems
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
+from tests.config.told import assert_told
 
 
 def parallel(small, weight: int, gradient: int, zero1: int) -> Config:
@@ -19,23 +20,20 @@ def test_divisor_chains_pass(small, sizes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "world_size", "expected"),
+    ("sizes", "world_size", "told"),
     [
-        ((1, 1, 3), 8, "parallel.zero1.size = 3 does not divide the data-parallel size"),
-        ((1, 1, 3), 8, "(world 8 / tensor 1 / pipeline 1) = 8 (8 = 2 * 3 + 2)"),
-        ((1, 1, 16), 8, "parallel.zero1.size = 16 does not divide"),
-        ((1, 1, 3), 8, "Set parallel.zero1.size to one of 1, 2, 4, 8"),
-        ((4, 6, 12), 12, "parallel.weight.size = 4 does not divide parallel.gradient.size = 6 (6 = 1 * 4 + 2)"),
-        ((4, 2, 8), None, "parallel.weight.size = 4 does not divide parallel.gradient.size = 2"),
-        ((-1, -1, 4), None, "parallel.zero1.size = 4; set that to -1"),
-        ((-1, -1, 4), 8, "parallel.gradient.size = 8 does not divide parallel.zero1.size = 4"),
-        ((1, 1, 0), None, "parallel.zero1.size = 0: expected a number of ranks"),
-        ((-2, 1, 1), None, "parallel.weight.size = -2: expected"),
+        ((1, 1, 3), 8, ("parallel.zero1.size = 3", "= 8 (8 = 2 * 3 + 2)", "parallel.zero1.size to one of 1, 2, 4, 8")),
+        ((1, 1, 16), 8, ("parallel.zero1.size = 16", "(8 = 0 * 16 + 8)", "parallel.zero1.size to one of 1, 2, 4, 8")),
+        ((4, 6, 12), 12, ("parallel.weight.size = 4", "parallel.gradient.size = 6 (6 = 1 * 4 + 2)", "of 1, 2, 3, 6")),
+        ((4, 2, 8), None, ("parallel.weight.size = 4", "gradient.size = 2 (2 = 0 * 4 + 2)", "to one of 1, 2")),
+        ((-1, -1, 4), None, ("parallel.gradient.size = -1", "parallel.zero1.size = 4", "set that to -1 too")),
+        ((-1, -1, 4), 8, ("parallel.gradient.size = 8", "zero1.size = 4 (4 = 0 * 8 + 4)", "to one of 1, 2, 4")),
+        ((1, 1, 0), None, ("parallel.zero1.size", "= 0", "expected a number of ranks, or -1 for all data ranks")),
+        ((-2, 1, 1), None, ("parallel.weight.size", "= -2", "expected a number of ranks, or -1 for all data ranks")),
     ],
 )
-def test_broken_chains_show_the_arithmetic(small, sizes, world_size, expected):
-    problems = find_problems(parallel(small, *sizes), world_size)
-    assert any(expected in problem for problem in problems), problems
+def test_broken_chains_show_the_arithmetic(small, sizes, world_size, told):
+    assert_told(find_problems(parallel(small, *sizes), world_size), told)
     with pytest.raises(ConfigError):
         check(parallel(small, *sizes), world_size)
 
@@ -55,51 +53,122 @@ def problems_with(small, **keys) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("keys", "told"),
     [
-        ({"model__hidden_size": 66}, "66 = 16 * 4 + 2"),
-        ({"model__checkpoint": "offload", "model__num_experts": 4}, "model.num_experts = 4: how many rows an expert"),
-        ({"monitor__alert__enable_feishu_alert": True}, "feishu_alert_address = None is no http(s) URL"),
-        ({"model__hidden_size": 60}, "hidden_size / model.num_attention_heads = 60/4 = 15"),
-        ({"model__head_dim": 7}, "model.head_dim = 7"),
-        ({"model__num_kv_attention_heads": 3}, "4 = 1 * 3 + 1"),
+        (
+            {"model__hidden_size": 66},
+            ("model.hidden_size = 66", "(66 = 16 * 4 + 2)", "change one, or set model.head_dim"),
+        ),
+        (
+            {"monitor__alert__enable_feishu_alert": True},
+            (
+                "monitor.alert.feishu_alert_address",
+                "= None is no http(s) URL",
+                "give the webhook's, or set enable_feishu_alert=False",
+            ),
+        ),
+        (
+            {"model__hidden_size": 60},
+            ("model.hidden_size / model.num_attention_heads", "60/4 = 15", "set model.head_dim to an even number"),
+        ),
+        ({"model__head_dim": 7}, ("model.head_dim", "= 7", "set model.head_dim to an even number")),
+        (
+            {"model__num_kv_attention_heads": 3},
+            ("model.num_kv_attention_heads = 3", "(4 = 1 * 3 + 1)", "Set the latter to one of 1, 2, 4"),
+        ),
+        (
+            {"model__checkpoint": "offload", "model__num_experts": 4},
+            (
+                "model.checkpoint = 'offload'",
+                "model.num_experts = 4: how many rows an expert",
+                "set 'feed_forward' or True",
+            ),
+        ),
         (
             {"model__rope_scaling": {"type": "dynamic", "factor": 2.0}, "model__max_position_embeddings": 8},
-            "model.max_position_embeddings = 8 in inference",
+            (
+                "model.max_position_embeddings = 8 in inference",
+                "data.seq_len = 32",
+                "raise model.max_position_embeddings, or choose linear, yarn or llama3",
+            ),
         ),
-        ({"model__dtype": "torch.float16", "hybrid_zero_optimizer__master": "split"}, 'set master="fp32"'),
-        ({"data__rampup_batch_size": "2 2"}, '"START INCR EVERY"'),
-        ({"data__rampup_batch_size": "a b c"}, '"START INCR EVERY"'),
-        ({"data__rampup_batch_size": "8 1 10", "data__micro_num": 4}, "starts with 8 micro batches, above"),
-        ({"data__rampup_batch_size": "2 0 10", "data__micro_num": 4}, "at least 1"),
-        ({"data__rampup_batch_size": "4 0 5", "data__micro_num": 4}, "START, INCR and EVERY are at least 1"),
-        ({"data__seed": -1}, "data.seed = -1: int; expected int in [0, 4294967295]"),
-        ({"data__seed": 99999999999}, "data.seed = 99999999999"),
-        ({"adam__lr": "1e999"}, "adam.lr = inf: float; expected"),
-        ({"data__rampup_batch_size": "1 1 0", "data__micro_num": 4}, "at least 1"),
-        ({"data__skip_batches": "3,x"}, "'x' is neither"),
-        ({"data__skip_batches": "5-3"}, "ends before it begins"),
-        ({"data__skip_batches": "3-6,5-9"}, "5-9 comes after 6"),
-        ({"data__skip_batches": "9,3"}, "3 comes after 9"),
-        ({"data__type": "text"}, "data.tokenizer_path"),
-        ({"data__type": "megatron"}, "needs data.train_folder"),
-        ({"data__tokenizer_path": "/no/such.model"}, "no such file"),
-        ({"data__type": "tokenized", "data__train_folder": "/no/such"}, "(/ is the last part that exists)"),
-        ({"data__type": "tokenized", "data__train_folder": __file__}, "is a file; name the folder"),
-        ({"lr_scheduler__init_steps": 8, "lr_scheduler__warmup_ratio": 0.5}, "= 13 steps, more than data.total_steps"),
+        (
+            {"model__dtype": "torch.float16", "hybrid_zero_optimizer__master": "split"},
+            ("hybrid_zero_optimizer.master", '= "split" needs model.dtype', 'set master="fp32"'),
+        ),
+        *(
+            (
+                {"data__rampup_batch_size": text},
+                ("data.rampup_batch_size", repr(text), 'expected three numbers "START INCR EVERY", as "2 2 100"'),
+            )
+            for text in ("2 2", "a b c")
+        ),
+        (
+            {"data__rampup_batch_size": "8 1 10", "data__micro_num": 4},
+            ("data.rampup_batch_size", "8 micro batches, above data.micro_num = 4", "start with 4 or fewer"),
+        ),
+        *(
+            (
+                {"data__rampup_batch_size": text, "data__micro_num": 4},
+                ("data.rampup_batch_size", repr(text), "START, INCR and EVERY must be 1 or more"),
+            )
+            for text in ("2 0 10", "4 0 5", "1 1 0")
+        ),
+        *(
+            (
+                {"data__seed": seed},
+                ("data.seed", f"= {seed}", "expected int in [0, 4294967295] (seed of the order of rows)"),
+            )
+            for seed in (-1, 99999999999)
+        ),
+        ({"adam__lr": "1e999"}, ("adam.lr", "= inf", "expected float >= 0 (peak learning rate)")),
+        (
+            {"data__skip_batches": "3,x"},
+            ("data.skip_batches", "'3,x'", """expected batches "N" and spans "A-B" for 'x'"""),
+        ),
+        ({"data__skip_batches": "5-3"}, ("data.skip_batches", "5-3 ends before it begins", "write 3-5")),
+        *(
+            ({"data__skip_batches": text}, ("data.skip_batches", problem, "spans must ascend, without overlap"))
+            for text, problem in (("3-6,5-9", "5-9 comes after 6"), ("9,3", "3 comes after 9"))
+        ),
+        (
+            {"data__type": "text"},
+            ("data.tokenizer_path", 'data.type = "text"', "give that of a sentencepiece model"),
+        ),
+        ({"data__type": "megatron"}, ("data.train_folder", 'data.type = "megatron"', "give it")),
+        (
+            {"data__tokenizer_path": "/no/such.model"},
+            ("data.tokenizer_path", "= '/no/such.model': no such file", "name one that is there"),
+        ),
+        (
+            {"data__type": "tokenized", "data__train_folder": "/no/such"},
+            ("data.train_folder", "(/ is the last part that exists)", "name one that is there"),
+        ),
+        (
+            {"data__type": "tokenized", "data__train_folder": __file__},
+            ("data.train_folder", f"{__file__!r} is a file", "name the folder"),
+        ),
+        (
+            {"lr_scheduler__init_steps": 8, "lr_scheduler__warmup_ratio": 0.5},
+            ("init_steps 8 + warm-up 5", "= 13 steps, more than data.total_steps = 10", "lower one of them"),
+        ),
         (
             {"lr_scheduler__type": "wsd", "lr_scheduler__warmup_ratio": 0.9, "lr_scheduler__init_steps": 1},
-            "decay 1 (decay_ratio 0.1) = 11 steps, more than data.total_steps = 10",
+            ("decay 1 (decay_ratio 0.1)", "= 11 steps, more than data.total_steps = 10", "lower one of them"),
         ),
-        ({"lr_scheduler__eta_min": 1.0}, "above the peak adam.lr = 0.0001"),
-        ({"adam__adam_beta1": 1.0}, "must be below 1"),
-        ({"ckpt__stop_file_path": "stop", "ckpt__enable_save_ckpt": False}, "set it True"),
-        ({"run_dir": __file__}, "run_dir"),
+        ({"lr_scheduler__eta_min": 1.0}, ("lr_scheduler.eta_min = 1.0", "the peak adam.lr = 0.0001", "lower it")),
+        ({"adam__adam_beta1": 1.0}, ("adam.adam_beta1", "adam.adam_beta2", "must be below 1")),
+        (
+            {"ckpt__stop_file_path": "stop", "ckpt__enable_save_ckpt": False},
+            ("ckpt.stop_file_path", "ckpt.enable_save_ckpt = False", "set it True"),
+        ),
+        ({"run_dir": __file__}, ("run_dir", f"{__file__!r} is a file", "name a folder, to be written there")),
     ],
 )
-def test_contradictions(small, keys, expected):
+def test_contradictions(small, keys, told):
     problems = problems_with(small, **keys)
-    assert any(expected in problem for problem in problems), problems
+    assert_told(problems, told)
+    assert len(problems) == len(set(problems))
 
 
 def test_sound_values_pass(small):
@@ -138,28 +207,44 @@ def test_mixture_names_entries_of_the_folder(small, tmp_path):
     (tmp_path / "code.jsonl").write_text("")
     small["data"] |= {"type": "tokenized", "train_folder": str(tmp_path)}
     assert load_config(small, ["data.mixture={'en': 1, 'code': 0.5}"]).data.mixture == {"en": 1, "code": 0.5}
-    assert "which has code.jsonl, en" in problems_with(small, data__mixture={"fr": 1.0})[0]
+    assert "name one of code.jsonl, en" in problems_with(small, data__mixture={"fr": 1.0})[0]
     assert "all weights are 0" in problems_with(small, data__mixture={"en": 0.0})[0]
 
 
+WHOLE_HEADS = "to one of 1, 2, 4, and cut rows further by parallel.context.ring"
+
+
 @pytest.mark.parametrize(
-    ("parallel", "expected"),
+    ("parallel", "told"),
     [
-        ({"context": {"ring": 3}}, "= 16 does not divide by 2 * parallel.context.ring = 6 (16 = 2 * 6 + 4)"),
-        ({"context": {"ring": 3}}, "Set data.seq_len to 18"),
+        ({"context": {"ring": 3}}, ("2 * parallel.context.ring = 6", "(16 = 2 * 6 + 4)", "Set data.seq_len to 18")),
+        ({"context": {"ulysses": 8}}, ("parallel.context.ulysses = 8", "(4 = 0 * 8 + 4)", f"Set it {WHOLE_HEADS}")),
         (
-            {"context": {"ulysses": 8}},
-            "heads of a tensor rank = 4 does not divide by parallel.context.ulysses = 8",
+            {"tensor": {"size": 3, "mode": "isp"}},
+            (
+                "a ring rank = 16 does not divide by parallel.tensor.size (isp) = 3",
+                "(16 = 5 * 3 + 1)",
+                "Set data.seq_len to 18",
+            ),
         ),
-        ({"context": {"ulysses": 8}}, "Set it to one of 1, 2, 4, and cut rows further by parallel.context.ring"),
-        ({"tensor": {"size": 3, "mode": "isp"}}, "a ring rank = 16 does not divide by parallel.tensor.size (isp) = 3"),
-        ({"tensor": {"size": 3, "mode": "isp"}}, "Set data.seq_len to 18"),
-        ({"context": {"ring": 4, "ulysses": 8}}, "a ring rank = 4 does not divide by parallel.context.ulysses = 8"),
-        ({"context": {"ring": 4, "ulysses": 8}}, "Set data.seq_len to 64"),
-        ({"context": {"ring": 2}, "tensor": {"size": 0}}, "parallel.tensor.size = 0"),
+        (
+            {"tensor": {"size": 2, "mode": "isp"}, "context": {"ulysses": 4}},
+            (
+                "parallel.context.ulysses 4 * parallel.tensor.size 2 (isp) = 8",
+                "heads of a tensor rank = 4",
+                f"Set their product {WHOLE_HEADS}",
+            ),
+        ),
+        (
+            {"context": {"ring": 4, "ulysses": 8}},
+            ("parallel.context.ulysses = 8", "a ring rank = 4 does", "Set data.seq_len to 64"),
+        ),
+        (
+            {"context": {"ring": 2}, "tensor": {"size": 0}},
+            ("parallel.tensor.size", "= 0", "expected a number of ranks, 1 or more"),
+        ),
     ],
 )
-def test_rows_that_cannot_be_cut(small, parallel, expected):
+def test_rows_that_cannot_be_cut(small, parallel, told):
     data = {**small["data"], "seq_len": 16, "micro_bsz": 1}
-    problems = find_problems(Config.model_validate({**small, "data": data, "parallel": parallel}))
-    assert any(expected in problem for problem in problems), problems
+    assert_told(find_problems(Config.model_validate({**small, "data": data, "parallel": parallel})), told)

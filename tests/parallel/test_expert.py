@@ -7,6 +7,7 @@ import pytest
 from internlm.config.checks import ConfigError
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
+from tests.config.told import Told, assert_told
 from tests.parallel.oracle import build_trainer, compare, make_config
 from tests.pool import run_ranks
 
@@ -88,28 +89,44 @@ def test_experts_are_dealt_out_and_cut_by_their_own_chain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "expected"),
+    ("overrides", "ranks", "told"),
     [
-        (["parallel.expert.size=3"], 6, "model.num_experts = 8 does not divide by parallel.expert.size = 3 (8 = 2 * 3"),
+        (
+            ["parallel.expert.size=3"],
+            6,
+            ("model.num_experts = 8", "parallel.expert.size = 3 (8 = 2 * 3 + 2)", "to one of 1, 2, 4, 8"),
+        ),
         (
             ["parallel.expert.size=4"],
             6,
-            "ranks of a stage (6 / pipeline 1) = 6 does not divide by parallel.expert.size",
+            ("parallel.expert.size = 4", "(6 / pipeline 1) = 6 does not divide", "Set it to one of 1, 2"),
         ),
-        (["parallel.expert.size=0"], 2, "parallel.expert.size = 0: expected a number of ranks"),
-        (["parallel.expert.size=2", "model.num_experts=1"], 2, "model.num_experts = 1 has none to deal out"),
-        (["model.moe.top_k=9"], 1, "model.moe.top_k = 9 exceeds model.num_experts = 8"),
-        (["model.moe.mix_shared=True"], 1, "model.moe.num_shared_experts = 0; set it to 1"),
-        (["parallel.tensor.size=2", "data.seq_len=31"], 2, "tokens of a row on one rank = 31 does not divide by"),
+        (["parallel.expert.size=0"], 2, ("parallel.expert.size", "= 0", "expected a number of ranks, 1 or more")),
+        (
+            ["parallel.expert.size=2", "model.num_experts=1"],
+            2,
+            ("parallel.expert.size = 2", "model.num_experts = 1 has none", "set it to 1"),
+        ),
+        (
+            ["model.moe.top_k=9"],
+            1,
+            ("model.moe.top_k = 9", "model.num_experts = 8", "set model.moe.top_k to 8 or less"),
+        ),
+        (["model.moe.mix_shared=True"], 1, ("model.moe.mix_shared", "num_shared_experts = 0", "set it to 1")),
+        (
+            ["parallel.tensor.size=2", "data.seq_len=31"],
+            2,
+            ("parallel.tensor.size = 2", "tokens of a row on one rank = 31", "Set data.seq_len to 32"),
+        ),
         (
             ["parallel.tensor.size=4", "model.moe.num_shared_experts=1", "model.moe.intermediate_size=6"],
             4,
-            "width of shared experts = 6 does not divide by parallel.tensor.size = 4",
+            ("parallel.tensor.size = 4", "width of shared experts = 6 does", "to one of 1, 2, 3, 6"),
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_numbers(overrides: list[str], ranks: int, expected: str) -> None:
+def test_what_does_not_fit_is_refused_with_numbers(overrides: list[str], ranks: int, told: Told) -> None:
     sections = make_config(model=DROPLESS).model_dump()
     with pytest.raises(ConfigError) as caught:
         load_config(sections, overrides, world_size=ranks)
-    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+    assert_told(caught.value.problems, told)
