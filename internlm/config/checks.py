@@ -175,8 +175,8 @@ def offloading(config: Config) -> Problems:
 def preference(config: Config) -> Problems:
     data, parallel = config.data, config.parallel
     if (config.dpo is None) != (data.type != "preference"):
-        what = f'data.type = "{data.type}" with dpo = {config.dpo}'
-        yield f'{what}: "preference" and a dpo section belong together; set both or neither'
+        there = "no" if config.dpo is None else "a"
+        yield f'data.type = "{data.type}" with {there} dpo section: "preference" goes with one; set both or neither'
     if config.dpo is None:
         return
     if data.micro_bsz < 2:

@@ -119,7 +119,7 @@ def test_conversions(small, key, value, new_key, expected):
     [
         ("parallel.zero1", 0, "write -1 for all data ranks or 1"),
         ("parallel.zero1", {"size": 0}, "write -1 for all data ranks or 1"),
-        ("parallel.pipeline", {"size": 16, "interleaved_overlap": True}, "fewer than 16"),
+        ("parallel.pipeline", {"size": 16, "interleaved_overlap": True}, "needs 16; set 16 or more"),
         ("model.drop_rate", 0.1, "no dropout"),
         ("model.attn_drop_rate", 0.1, "no dropout"),
         ("model.use_swiglu", False, "only SwiGLU"),

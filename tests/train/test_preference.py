@@ -187,8 +187,8 @@ def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp
 
 
 REFUSALS: list[tuple[dict[str, Any], Told]] = [
-    ({"dpo": None}, ('data.type = "preference"', "dpo = None", "set both or neither")),
-    ({"data": {"type": "chat"}}, ('data.type = "chat"', "dpo = beta=0.1", "set both or neither")),
+    ({"dpo": None}, ('data.type = "preference"', "with no dpo section", "set both or neither")),
+    ({"data": {"type": "chat"}}, ('data.type = "chat"', "with a dpo section", "set both or neither")),
     ({"data": {"micro_bsz": 1}}, ("data.micro_bsz", "= 1: a row holds whole pairs", "set 2 or more")),
     ({"data": {"packing": "fit"}}, ("dpo: ", "packing and min_length", "leave them out")),
     ({"data": {"long_samples": "split"}}, ("dpo: ", "long_samples = split", "leave them out")),
