@@ -6,6 +6,7 @@ ragged rows comes as tensors (`ops/segments.py`). The first step pays 10 to 40 s
 cache.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     """Compiles the blocks where `model.compile` says so. Whether and why is logged."""
     problem = _why_not(config, mesh)
     if problem:
-        log_once(logger, f"blocks are not compiled: {problem}")
+        unheard = config.model.compile is True  # what was asked for and isn't done is worth a warning
+        log_once(logger, f"blocks are not compiled: {problem}", logging.WARNING if unheard else logging.INFO)
         return
     blocks = [block for block in layers if isinstance(block, Block)]
     whole_graph = config.model.attn_backend != "flash"  # a call that can't be traced parts a block's graph in two

@@ -4,6 +4,7 @@ Sharding over the ranks that hold the same parameters needs nothing here: `solve
 the model's children.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,9 @@ from internlm.parallel.split import pipeline_layout
 from internlm.parallel.stages import cut_stages, relayed
 from internlm.parallel.tensor import Mode, attach, cut_tensors
 from internlm.utils.device import set_matmul_precision, torch_dtype
+from internlm.utils.logger import get_logger, log_once
+
+logger = get_logger(__name__)
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
@@ -32,6 +36,8 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     Returns the placement of each parameter that is not whole here, by name.
     """
     set_matmul_precision(config.model.dtype)
+    if config.model.fp8 and config.model.num_experts > 1:
+        log_once(logger, f"model.fp8 = True leaves products of routed experts in {config.model.dtype}", logging.WARNING)
     copied = cut_stages(model, config, mesh)
     placements = {**cut_tensors(model, config, mesh), **cut_experts(model, config, mesh)}
     for name in copied:

@@ -21,11 +21,12 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def log_once(logger: logging.Logger, message: str, level: int = logging.INFO) -> None:
-    """Log `message` unless this process has logged it before at that level."""
+    """Log `message` unless this process has logged it before at that level. For what all ranks have to say alike, or
+    rank 0 alone: it alone writes."""
     key = (logger.name, level, message)
     if key not in _seen:
         _seen.add(key)
-        logger.log(level, message, stacklevel=2)
+        logger.log(level, message, stacklevel=2, extra={"common": True})
 
 
 def common_warning(logger: logging.Logger, message: str) -> None:

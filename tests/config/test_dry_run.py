@@ -1,6 +1,7 @@
 """The dry run's numbers against the engine's own buffers and what autograd really keeps."""
 
 import gc
+import logging
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from internlm.train.memory import (
     saved_per_token,
     selected_per_token,
 )
+from internlm.utils import logger
 
 
 def sized(**changes):
@@ -188,6 +190,21 @@ def test_the_report():
     assert "(p, g, os) = (1, 1, 8): ZeRO-1" in text
     assert "14.00  before sharding" in text
     assert max(map(len, text.splitlines())) < 140
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.compile=True", "parallel.tensor.size=2"], "blocks are not compiled: they communicate (tensor 2)"),
+        (["model.fp8=True", "model.num_experts=4"], "model.fp8 = True leaves products of routed experts in torch.bf"),
+    ],
+)
+def test_what_was_asked_for_and_is_not_done_is_a_warning(overrides, expected, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "_seen", set())
+    for asked in ([], overrides):
+        memory_per_rank(load_config(sized(), asked), 2)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and expected in warnings[0]
 
 
 def test_total_and_active_parameters_of_experts():
