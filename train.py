@@ -11,14 +11,13 @@ import torch
 
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
-from internlm.checkpoint.checks import check_files
+from internlm.checkpoint.checks import check_files, open_files
 from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import check
 from internlm.config.loader import load_config
 from internlm.core.launch import launch
 from internlm.core.mesh import build_mesh
 from internlm.core.random import seed_of
-from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
 from internlm.monitor.monitor import Monitor
@@ -39,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     world = start_logging(args)
     config = load_config(args.config, args.overrides, **args.top_level)
-    world_size = args.world_size if args.dry_run and args.world_size else world.size
-    check(config, world_size)
-    check_files(config, world, world_size)
+    check(config, world.size)
     if args.dry_run:
-        say(world, dry_run.report(config, world_size))
+        check_files(config, world)
+        say(world, dry_run.report(config, world.size))
         return 0
 
+    train_loader, valid_loaders = open_files(config, world)
     with open_run_dir(config, world) as run_dir, launch(args.launcher, args.port) as world:
         torch.manual_seed(seed_of(config.seed, f"rank {world.rank}"))
         mesh = build_mesh(config.parallel, world)
@@ -59,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state = TrainState()
         checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)
         checkpointer.resume()
-        train_loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
-        valid_loaders = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
-
         trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders, Routing(model, config))
         reports = evaluated(trainer.steps(), model, optimizer, config, mesh)
         if args.profiling:

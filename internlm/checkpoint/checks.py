@@ -1,6 +1,7 @@
-"""Mistakes in all that a run starts from, found together before a process group, a GPU or memory is touched."""
+"""All that a run starts from, opened before a process group, a GPU or memory is touched; mistakes are told together."""
 
 import json
+from dataclasses import replace
 
 from internlm.checkpoint.compare import check_model
 from internlm.checkpoint.hf import HFReader
@@ -12,21 +13,54 @@ from internlm.config.checks import ConfigError
 from internlm.config.output_sections import LoadConfig
 from internlm.config.schema import Config
 from internlm.core.launch import World
-from internlm.core.mesh import axes_of_world
-from internlm.data.checks import find_data_problems
+from internlm.core.mesh import data_place
+from internlm.data.checks import TOKENISED_ON_THE_FLY, find_name_problems
+from internlm.data.loader import TrainLoader, ValidLoader, build_train_loader, build_valid_loaders
 from internlm.utils.errors import collected
 
+Loaders = tuple[TrainLoader, dict[str, ValidLoader]]
 
-def check_files(config: Config, world: World, world_size: int) -> None:
-    """Raises ConfigError with every mistake in data, tokenizer, `ckpt.load_ckpt_info` and folders of checkpoints.
 
-    Names, lengths and headers are read, no weights. Rank 0 looks for all `world_size` ranks, since it may be a
-    thousand of them that would ask one file system the same; the launcher ends the others.
+def open_files(config: Config, world: World) -> Loaders:
+    """The loaders of this rank. Text is tokenised here, if the cache doesn't hold it yet.
+
+    Tokenizer and checkpoints are looked at first, and by rank 0 alone, since it may be a thousand ranks that would ask
+    one file system the same; when it finds a mistake the launcher ends the others.
+
+    Raises ConfigError with every mistake in data, tokenizer, `ckpt.load_ckpt_info` and folders of checkpoints.
     """
-    if world.rank > 0:
-        return
-    num_readers = axes_of_world(config.parallel, world_size)[0]["data"]
-    problems = find_data_problems(config, num_readers) + find_checkpoint_problems(config)
+    problems = _find_cheap_problems(config) if world.rank == 0 else []
+    loaders = None
+    if not (problems and config.data.type in TOKENISED_ON_THE_FLY):
+        loaders = _open_data(config, world, problems)
+    _refuse(config, problems)
+    assert loaders is not None
+    return loaders
+
+
+def check_files(config: Config, world: World) -> None:
+    """Raises ConfigError as `open_files` on rank 0 does, as far as mistakes are known without tokenising text."""
+    problems = _find_cheap_problems(config)
+    if config.data.type not in TOKENISED_ON_THE_FLY:
+        _open_data(config, replace(world, rank=0), problems)
+    _refuse(config, problems)
+
+
+def _find_cheap_problems(config: Config) -> list[str]:
+    """Names and headers are read, no weights and no text."""
+    return find_name_problems(config) + find_checkpoint_problems(config)
+
+
+def _open_data(config: Config, world: World, problems: list[str]) -> Loaders | None:
+    place, count = data_place(config.parallel, world), len(problems)
+    with collected(problems):
+        train_loader = build_train_loader(config, *place)
+    with collected(problems):
+        valid_loaders = build_valid_loaders(config, *place)
+    return (train_loader, valid_loaders) if len(problems) == count else None
+
+
+def _refuse(config: Config, problems: list[str]) -> None:
     if problems:
         raise ConfigError(f"files of {config.JOB_NAME}", problems)
 

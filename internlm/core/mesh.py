@@ -136,6 +136,12 @@ def coordinates_of(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
     return coordinates
 
 
+def data_place(parallel: ParallelConfig, world: World) -> tuple[int, int]:
+    """(dp_rank, dp_size): which rows this rank will read, and of how many readers. Needs no process group."""
+    sizes = axes_of_world(parallel, world.size)[0]
+    return coordinates_of(world.rank, sizes)["data"], sizes["data"]
+
+
 def build_mesh(parallel: ParallelConfig, world: World) -> Mesh:
     """The mesh of a run. Collective: every rank calls it."""
     alone = _alone(world)

@@ -1,37 +1,27 @@
-"""Mistakes in the files that a run reads, found from names and lengths before anything starts.
-
-Text and conversations are looked at as far as the tokenizer and the names: how long they are is known when they are
-tokenised, which is not done here.
-"""
+"""Mistakes in tokenizer and names of data files, found before anything is read for long."""
 
 from internlm.config.schema import Config
 from internlm.data.chat import ChatEncoder, recipe_of
 from internlm.data.encoder import Encoder, Recipe
-from internlm.data.loader import TrainRows, order_of, pack_options
-from internlm.data.sampler import BatchSizes
-from internlm.data.sources import data_files, open_train, open_valid
+from internlm.data.sources import data_files
 from internlm.data.tokenizer import check_tokenizer, open_tokenizer
 from internlm.utils.errors import collected
 
+TOKENISED_ON_THE_FLY = ("text", "chat", "preference")  # values of data.type; it may take hours
 
-def find_data_problems(config: Config, num_readers: int) -> list[str]:
-    """What is wrong with tokenizer, folders and files, and whether they hold a step of `num_readers` data ranks."""
-    data, vocab_size = config.data, config.model.vocab_size
+
+def find_name_problems(config: Config) -> list[str]:
+    """What is wrong with the tokenizer, and with folders of files that are to be tokenised."""
+    data = config.data
     problems: list[str] = []
     with collected(problems):
         _read_tokenizer(config)
-    if data.type in ("text", "chat", "preference"):
+    if data.type in TOKENISED_ON_THE_FLY:
         with collected(problems):
             data_files(data, "train_folder")
         if data.valid_folder is not None:
             with collected(problems):
                 data_files(data, "valid_folder")
-        return problems
-    with collected(problems):
-        rows = TrainRows(open_train(data, vocab_size), pack_options(config))
-        order_of(data, rows, BatchSizes(data.micro_num, num_readers, data.rampup_batch_size))
-    with collected(problems):
-        open_valid(data, vocab_size)
     return problems
 
 

@@ -198,12 +198,12 @@ def order_of(data: DataConfig, rows: TrainRows, sizes: BatchSizes) -> Order:
 
 
 class TrainLoader:
-    """The batches of a run from `start_batch` to `total_steps`, as one data rank reads them."""
+    """The batches of a run up to `total_steps`, as one data rank reads them."""
 
-    def __init__(self, config: Config, dp_rank: int, dp_size: int, start_batch: int = 0) -> None:
+    def __init__(self, config: Config, dp_rank: int, dp_size: int) -> None:
         data = config.data
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.next_batch = start_batch
+        self.next_batch = 0
         self.total_steps = data.total_steps
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
         self.skipped = SkippedBatches.parse(data.skip_batches)
@@ -268,13 +268,13 @@ def pack_options(config: Config) -> PackOptions:
     return PackOptions(data.seq_len, row_length, config.model.vocab_size, data.pack_sample_into_one, packing)
 
 
-def build_train_loader(config: Config, dp_rank: int, dp_size: int, start_batch: int = 0) -> TrainLoader:
-    """The training batches of data rank `dp_rank` of `dp_size`, from batch `start_batch` on.
+def build_train_loader(config: Config, dp_rank: int, dp_size: int) -> TrainLoader:
+    """The training batches of data rank `dp_rank` of `dp_size`; they begin with the first, or where `seek` says.
 
     Raises UserError for missing or damaged files, bad `mixture`, `rampup_batch_size` or `skip_batches`, and for fewer
     rows than one batch takes.
     """
-    return TrainLoader(config, dp_rank, dp_size, start_batch)
+    return TrainLoader(config, dp_rank, dp_size)
 
 
 def build_valid_loaders(config: Config, dp_rank: int, dp_size: int) -> dict[str, ValidLoader]:

@@ -3,7 +3,8 @@
 The cache is `$XDG_CACHE_HOME/internlm/text`, by default `~/.cache/internlm/text`. A file's entry is named by all that
 its ids depend on: its path, size and time of change, the tokenizer's content, and the text key. One process of those
 that share the folder builds an entry; the others wait for its lock file, which the kernel frees even if the builder
-is killed. Ids are those of `tools/tokenizer.py` with its defaults.
+is killed. What the builder finds wrong with the text it leaves in the lock file, for those who wait: they need not read
+as far to find the same. Ids are those of `tools/tokenizer.py` with its defaults.
 """
 
 import fcntl
@@ -70,15 +71,24 @@ def cached(path: Path, parts: Sequence[str], encode: Callable[[int], Iterator[En
 
 @contextmanager
 def _locked(lock: Path, path: Path) -> Iterator[None]:
-    with lock.open("w") as file:
+    """Raises the UserError of the process that was waited for, if it met one."""
+    with lock.open("a+", encoding="utf-8", errors="backslashreplace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
         except BlockingIOError:
             logger.info("waiting for another process to tokenise %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if problem := file.read():
+                raise UserError(problem) from None
         except OSError:  # a file system without locks: several may build the same entry, each under its own name
             logger.warning("%s: file locks do not work here; every process tokenises by itself", lock.parent)
-        yield
+        try:
+            yield
+        except UserError as error:
+            file.write(str(error))
+            raise
 
 
 def _build(path: Path, encode: Callable[[int], Iterator[Encoded]], entry: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,18 @@ def user_errors() -> Iterator[None]:
 
 
 def start_logging(arguments: Arguments) -> World:
-    """Log lines carry the rank from the first on, before there is a process group. Returns who this process will be."""
+    """Log lines carry the rank from the first on, before there is a process group.
+
+    Returns who this process will be, or, in a dry run, would be.
+    """
     setup_logging(0, 1)  # until the rank is known, which may fail
     world, _ = world_from_env(arguments.launcher, arguments.port)
     setup_logging(world.rank, world.size)
     for name in arguments.ignored:
         logger.info(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}")
-    if arguments.world_size is not None and not arguments.dry_run:
+    if arguments.world_size is not None:
+        if arguments.dry_run:
+            return replace(world, size=arguments.world_size)
         logger.info(f"--world_size has no effect without --dry_run: the launcher started {world.size} rank(s)")
     return world
 

@@ -27,8 +27,8 @@ logger = get_logger(__name__)
 class Trainer:
     """Trains on the batches of `train_loader`, one optimizer step each.
 
-    The loader starts at `state.batch_count`; `state` advances before a report is yielded, so whoever stores it then
-    stores a step that is done. Every rank makes a trainer and runs the same steps.
+    They begin where `state` stands; it advances before a report is yielded, so whoever stores it then stores a step
+    that is done. Every rank makes a trainer and runs the same steps.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Trainer:
         done, total = self.state.batch_count, self.config.data.total_steps
         if done >= total:
             logger.info(f"nothing to do: {done} batches are done, data.total_steps = {total}")
+        self.train_loader.seek(done)
         self._batches = iter(self.train_loader)
         self._fetch()
         with paused_collector() as collect_garbage:

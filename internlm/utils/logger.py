@@ -5,10 +5,12 @@ Code logs as if it were alone: INFO appears once (from rank 0), WARNING and abov
 
 import logging
 import sys
+from collections import deque
 from pathlib import Path
 from typing import TextIO
 
 ROOT = "internlm"
+MOST_EARLY = 1000  # lines; a tool has no file and logs for as long as it lives
 
 _seen: set[tuple[str, int, str]] = set()
 
@@ -51,12 +53,25 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
         raise AttributeError("the stream follows sys.stdout")
 
 
+class _Early(logging.Handler):
+    """Keeps the lines that come before the file is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=MOST_EARLY)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def setup_logging(rank: int, world_size: int, log_file: Path | None = None) -> None:
     """Send the lines of all "internlm" loggers to stdout and, when given, to `log_file` (appended, folder created).
 
-    Rank 0 writes INFO and above, the others WARNING and above. Calling again replaces the earlier set-up.
+    Rank 0 writes INFO and above, the others WARNING and above. Calling again replaces the earlier set-up; what was
+    logged under one without a file goes to the file first.
     """
     logger = logging.getLogger(ROOT)
+    early = [record for handler in logger.handlers if isinstance(handler, _Early) for record in handler.records]
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
@@ -64,10 +79,15 @@ def setup_logging(rank: int, world_size: int, log_file: Path | None = None) -> N
         f"%(asctime)s [rank {rank}/{world_size}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
     )
     handlers: list[logging.Handler] = [_StdoutHandler()]
-    if log_file is not None:
+    if log_file is None:
+        handlers.append(_Early())
+    else:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         # Opened at the first line, so that ranks without warnings never touch the (often shared) file.
         handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8", delay=True))
+        handlers[-1].setFormatter(formatter)
+        for record in early:
+            handlers[-1].handle(record)
     for handler in handlers:
         handler.setFormatter(formatter)
         handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -91,8 +91,9 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
         "validation": [],
     }
     if stop_at != state.batch_count:
-        loader = build_train_loader(config, mesh.dp_rank, mesh.dp_size, start_batch=state.batch_count)
-        samples = build_train_loader(config, mesh.dp_rank, mesh.dp_size, state.batch_count).row_numbers()
+        loader, other = (build_train_loader(config, mesh.dp_rank, mesh.dp_size) for _ in range(2))
+        other.seek(state.batch_count)
+        samples = other.row_numbers()
         held_out = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
         trainer = Trainer(schedule, optimizer, loader, state, config, mesh, held_out)
         for report in evaluated(trainer.steps(), model, optimizer, config, mesh):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from internlm.config.schema import Config
 from internlm.data import text as text_module
+from internlm.utils.errors import UserError
 
 REAL_TOKENIZER = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizer_internlm.model"
 
@@ -81,13 +83,26 @@ def train_tokenizer(folder: Path, **options: Any) -> Path:
 
 
 def open_and_log(path: Path, tokenizer: Path, log: Path) -> None:
-    """Open a text of 3,000 lines in a process of its own; a line in `log` if that tokenised it. Needs no torch."""
+    """Open a text of 3,000 lines in one of three processes; `log` tells who tokenised it, and what is broken.
+
+    Needs no torch.
+    """
     original = text_module.encode_file
 
-    def counted(*arguments: Any) -> Any:
+    def note(line: str) -> None:
         with log.open("a") as file:
-            file.write("built\n")
+            file.write(f"{line}\n")
+
+    def counted(*arguments: Any) -> Any:
+        note("built")
+        while log.read_text().count("here") < 3:
+            time.sleep(0.05)
+        time.sleep(0.3)  # from there to the lock
         return original(*arguments)
 
     text_module.encode_file = counted
-    assert len(text_module.open_text(path, tokenizer, "text")) == 3000
+    note("here")
+    try:
+        assert len(text_module.open_text(path, tokenizer, "text")) == 3000
+    except UserError as error:
+        note(str(error).removeprefix(f"{path.parent}/").partition(" (")[0])

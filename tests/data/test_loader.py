@@ -32,7 +32,9 @@ def read(batches: list[StepBatch]) -> list[tuple]:
 
 
 def run(folder: Path, rank: int = 0, size: int = 1, start: int = 0, **data: object) -> list[tuple]:
-    return read(list(build_train_loader(make_config(train_folder=str(folder), **data), rank, size, start)))
+    loader = build_train_loader(make_config(train_folder=str(folder), **data), rank, size)
+    loader.seek(start)
+    return read(list(loader))
 
 
 def test_batches_are_as_the_model_takes_them(folder: Path) -> None:
@@ -82,7 +84,8 @@ def test_every_worker_count_reads_the_same_and_resumes(folder: Path) -> None:
     steps = {"micro_num": 3, "total_steps": 25, "skip_batches": "4", "rampup_batch_size": "1 1 3"}
     whole = run(folder, num_worker=0, **steps)
     for workers in (2, 4):
-        loader = build_train_loader(make_config(train_folder=str(folder), num_worker=workers, **steps), 0, 1, 7)
+        loader = build_train_loader(make_config(train_folder=str(folder), num_worker=workers, **steps), 0, 1)
+        loader.seek(7)
         found = []
         for batch in loader:
             found.append(batch)

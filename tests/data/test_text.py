@@ -227,8 +227,13 @@ def test_text_cache(tmp_path: Path, cache: Path, tokenizer: Path, monkeypatch: p
     assert sorted(path.suffix for path in cache.iterdir()) == [".bin", ".idx", ".lock", ".lock"]  # nothing half done
 
 
-def test_one_process_builds_and_the_others_wait(tmp_path: Path, cache: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_process_builds_and_the_others_wait(tmp_path: Path, cache: Path, tokenizer: Path, broken: bool) -> None:
+    """A mistake, which the builder alone has read, is told by all of them."""
     write_texts(tmp_path / "a.jsonl", 3000)
+    if broken:
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write("{\n")
     context = multiprocessing.get_context("spawn")
     arguments = (tmp_path / "a.jsonl", tokenizer, tmp_path / "log")
     processes = [context.Process(target=open_and_log, args=arguments) for _ in range(3)]
@@ -236,8 +241,9 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path, cache: Path, tok
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert (tmp_path / "log").read_text() == "built\n"
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+    told = (tmp_path / "log").read_text().splitlines()
+    assert sorted(told) == [*(["a.jsonl, line 3001: broken JSON"] * 3 if broken else []), "built", *["here"] * 3]
 
 
 def test_text_folders_train_and_validate(tmp_path: Path, cache: Path, tokenizer: Path) -> None:

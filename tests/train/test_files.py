@@ -4,13 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from internlm.checkpoint.checks import find_checkpoint_problems
+from internlm.checkpoint.checks import check_files, find_checkpoint_problems, open_files
 from internlm.checkpoint.hf import export_hf
+from internlm.config.checks import ConfigError
 from internlm.config.schema import Config
-from internlm.data.checks import find_data_problems
+from internlm.core.launch import World
+from internlm.data.checks import find_name_problems
 from tests.checkpoint.hf_models import named, tiny_run
 from tests.data.helpers import make_config, write_bin
+
+
+def rank_of(rank: int, size: int) -> World:
+    return World(rank, rank, size, torch.device("cpu"))
 
 
 def config_with(**ckpt: Any) -> Config:
@@ -21,9 +28,21 @@ def config_with(**ckpt: Any) -> Config:
 def test_too_few_rows_for_a_step_of_all_ranks(tmp_path: Path) -> None:
     write_bin(tmp_path / "en/a.bin", [[1] * 64] * 4)  # 8 rows of 32 tokens
     config = make_config(train_folder=str(tmp_path))  # 2 rows a rank and step
-    assert find_data_problems(config, 4) == []
-    (problem,) = find_data_problems(config, 5)
-    assert "8 packed rows, but one batch takes data.micro_num = 2 x 5 data ranks = 10 rows" in problem
+    check_files(config, rank_of(0, 4))
+    for look, world in ((check_files, rank_of(0, 5)), (open_files, rank_of(0, 5)), (open_files, rank_of(3, 5))):
+        with pytest.raises(ConfigError) as caught:
+            look(config, world)
+        (problem,) = caught.value.problems
+        assert "8 packed rows, but one batch takes data.micro_num = 2 x 5 data ranks = 10 rows" in problem
+
+
+def test_ranks_read_what_the_mesh_will_give_them(tmp_path: Path) -> None:
+    """Two tensor-parallel ranks are one reader."""
+    write_bin(tmp_path / "en/a.bin", [[1] * 64] * 4)
+    sections = make_config(train_folder=str(tmp_path), micro_num=1).model_dump()
+    config = Config.model_validate({**sections, "parallel": {"tensor": {"size": 2}}})
+    loaders = [open_files(config, rank_of(rank, 4))[0] for rank in range(4)]
+    assert [(loader.dp_rank, loader.dp_size) for loader in loaders] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
@@ -32,7 +51,7 @@ def test_tokenizer_and_names_where_lengths_are_not_known_yet(kind: str, tmp_path
     (tmp_path / "train").mkdir()
     options = {"chat_template": "chatml"} if kind == "chat" else {}
     config = make_config(type=kind, train_folder=f"{tmp_path}/train", tokenizer_path=f"{tmp_path}/t.model", **options)
-    first, second = find_data_problems(config, 1)
+    first, second = find_name_problems(config)
     assert "t.model: not a sentencepiece model" in first
     assert f"data.train_folder = {tmp_path}/train: no ." in second
 

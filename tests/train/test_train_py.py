@@ -16,7 +16,7 @@ import pytest
 import train
 from internlm.train import cli
 from internlm.train.cli import parse_arguments, user_errors
-from tests.data.helpers import write_bin
+from tests.data.helpers import train_tokenizer, write_bin
 from tests.utils.holder import held
 
 CONFIG = """
@@ -78,7 +78,7 @@ def test_five_steps_leave_all_outputs(tmp_path: Path, config_file: Path, repo_ro
     resolved = json.loads((run_dir / "config.json").read_text())
     assert (resolved["seed"], resolved["model"]["vocab_size"], resolved["data"]["total_steps"]) == (7, 103168, 6)
     log = (run_dir / "train.log").read_text()
-    assert "step=6 loss=" in log and log.count('"JOB_NAME": "tiny"') == 1
+    assert "training data: " in log and "step=6 loss=" in log and log.count('"JOB_NAME": "tiny"') == 1
     assert "--backend has no effect" in done.stdout
     assert [path.name for path in (run_dir / "traces").iterdir()] == ["rank0.json.gz"]
 
@@ -169,6 +169,38 @@ ckpt = dict(save_ckpt_folder="foo://b/x", load_ckpt_info=dict(path="{tmp_path}/e
         told = capsys.readouterr().err
         assert code == 2 and [line for line in expected if line not in told] == []
         assert not (tmp_path / "run").exists()
+
+
+def test_text_is_read_before_anything_starts(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken lines and too few rows, by every rank alike; a dry run doesn't tokenise."""
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid/b.jsonl").write_text('{"text": "abc"}\n\n{"text": 5}\n')
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.txt").write_text("abc\n" * 20)
+    tokenizer = train_tokenizer(tmp_path, vocab_size=300)
+    arguments = [f"data.{name}_folder={tmp_path / name}" for name in ("train", "valid")]
+    arguments += ["--config", config_file, "--run_dir", tmp_path / "run", f"data.tokenizer_path={tokenizer}"]
+    arguments += ["data.type=text", "model.vocab_size=300", "data.micro_num=8"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    for rank in "01":
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert run_main(*arguments, "--dry_run") == 0
+        assert run_main(*arguments) == 2
+        told = capsys.readouterr().err
+        assert "2 problems" in told and "data ranks = 16 rows" in told
+        assert f"{tmp_path}/valid/b.jsonl, line 3: expected an object" in told
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "tiny.model").write_bytes(b"not one")
+    assert run_main(*arguments) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert run_main(*arguments) == 2
+    told = capsys.readouterr().err
+    assert "1 problem\n" in told and "not a sentencepiece model" in told  # nothing is read for long in vain
 
 
 def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root: Path) -> None:

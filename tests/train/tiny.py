@@ -70,6 +70,9 @@ class ListLoader:
     batches: list[StepBatch]
     type_names: list[str] = field(default_factory=lambda: ["all"])
 
+    def seek(self, batch: int) -> None:
+        assert batch == 0
+
     def __iter__(self) -> Iterator[StepBatch]:
         return iter(self.batches)
 
