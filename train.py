@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
         schedule = build_schedule(model, optimizer, config, mesh, objective)
 
-        state = TrainState()
+        state = TrainState(num_rows=train_loader.num_rows)
         checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)
         checkpointer.resume()
         trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders, Routing(model, config))

@@ -1,5 +1,6 @@
 """Does a checkpoint fit this run: its model, and the place in its data?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,12 +15,13 @@ logger = get_logger(__name__)
 _MEANING = ("qk_interleaved", "rope_base", "rope_scaling", "layer_norm_epsilon", "norm_head")
 _MOE_MEANING = ("top_k", "score", "normalises")
 
-# Which samples are in batch k follows from these, and from the rows of a batch.
-_ORDER = (
-    *("type", "train_folder", "tokenizer_path", "text_key", "chat_template", "train_on", "long_samples"),
+# What is in the rows of a run, and their order, follows from these; how many rows a batch takes does not matter.
+_ROWS = (
+    *("type", "text_key", "chat_template", "train_on", "long_samples"),
     *("seq_len", "micro_bsz", "packing", "pack_sample_into_one", "min_length", "min_length_dict"),
-    *("mixture", "rampup_batch_size", "seed"),
+    *("mixture", "seed"),
 )
+_FILES = ("train_folder", "tokenizer_path")  # which may have moved: then there are as many rows as before
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
@@ -73,22 +75,35 @@ def check_model(saved: dict[str, Any], config: Config, what: str) -> None:
             common_warning(logger, f"{what} was trained with model.{key}={old}, this run has {new}")
 
 
-def check_order(saved: dict[str, Any], saved_readers: int, config: Config, readers: int, what: str, batch: int) -> None:
-    """Warns, with both values, where batch number `batch` of this run is not the one that the checkpoint's came to.
+def check_rows(saved: dict[str, Any], saved_rows: int | None, config: Config, num_rows: int | None, what: str) -> None:
+    """Does the place in the order of rows mean the same in this run? The sizes of batches may differ.
 
-    `saved` is the checkpoint's config.json; `saved_readers` and `readers` are the data ranks then and now.
+    `saved` is the checkpoint's config.json; `saved_rows` and `num_rows` are the rows of the training data then and now,
+    None where they aren't known. Data that has moved is taken for the same if it makes as many rows.
+
+    Raises:
+        UserError: it does not; differences with both values.
     """
     then, now = saved["data"], config.data.model_dump(mode="json")
-    rows = [data["micro_num"] * size for data, size in ((then, saved_readers), (now, readers))]
-    pairs = {"rows of a batch (data.micro_num * data ranks)": rows}
-    pairs |= {f"data.{key}": [then[key], now[key]] for key in _ORDER if key in then}
-    told = "{}: {} in the checkpoint, {} in this run"
-    different = [told.format(key, old, new) for key, (old, new) in pairs.items() if old != new]
-    if different:
-        common_warning(
-            logger,
-            f"{what}: its {batch} batches were made otherwise than those of this run, which goes on with batch "
-            f"{batch}: some samples are read twice or never. {'; '.join(different)}",
+
+    def differences(keys: Sequence[str]) -> list[str]:
+        pairs = {key: (then[key], now[key]) for key in keys if key in then}
+        told = "data.{}: {} in the checkpoint, {} in this run"
+        return [told.format(key, old, new) for key, (old, new) in pairs.items() if old != new]
+
+    found, moved = differences(_ROWS), differences(_FILES)
+    if saved_rows is None or num_rows is None:
+        found += moved
+    elif saved_rows != num_rows:
+        found += [*moved, f"rows of the training data: {saved_rows} in the checkpoint, {num_rows} in this run"]
+    elif moved and not found:
+        common_warning(logger, f"taken for the same data, since it makes {num_rows} rows: {'; '.join(moved)}")
+    if found:
+        raise UserError(
+            f"{what}: its place in the data means nothing in this run, which reads other rows, or in another order:\n"
+            + "\n".join(found)
+            + "\nGo on with the data as it was; or begin this data, with the same model and schedule: --run_dir OTHER "
+            f"ckpt.load_ckpt_info.path={what} \"ckpt.load_ckpt_info.content=('model', 'optimizer', 'scheduler')\""
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from internlm.checkpoint.compare import check_model, check_order
+from internlm.checkpoint.compare import check_model, check_rows
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.legacy.folder import is_legacy_folder
@@ -23,7 +23,6 @@ from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
 from internlm.config.output_sections import LoadConfig
 from internlm.config.schema import Config
-from internlm.core.mesh import axes_of_world
 from internlm.core.random import set_rng_state
 from internlm.model.lora import is_adapter
 from internlm.solver.hybrid_zero import HybridZero
@@ -166,9 +165,11 @@ class Loader:
         logger.info("loaded %s from %s", ", ".join(info.content), found)
 
     def _load(self, found: Found, content: Sequence[str]) -> None:
-        check_model(found.text("config.json"), self.config, str(found))
-        saved = found.text("state.json")
+        config, saved = found.text("config.json"), found.text("state.json")
+        check_model(config, self.config, str(found))
         everything = "all" in content
+        if (everything or "sampler" in content) and saved["train"]["batch_count"]:
+            check_rows(config, saved["train"].get("num_rows"), self.config, self.state.num_rows, str(found))
         kinds = {"param"} if everything or "model" in content else set()
         if everything or "optimizer" in content:
             kinds |= {"master", "exp_avg", "exp_avg_sq"}
@@ -176,21 +177,14 @@ class Loader:
         if kinds:
             self._load_tensors(found, kinds, new_adapters=not everything)
         state = self.state.state_dict()
-        for key, value in saved["train"].items():
+        for key, value in {"place": None, **saved["train"]}.items():
             part = "scheduler" if key == "step_count" else "sampler"
             if everything or part in content:
                 state[key] = value
+        state["num_rows"] = self.state.num_rows  # which may not have been known then
         self.state.load_state_dict(state)
-        if (everything or "sampler" in content) and self.state.batch_count:
-            self._check_order(found)
         if everything:
             self._load_rng(found)
-
-    def _check_order(self, found: Found) -> None:
-        world = found.manifest.world
-        readers = axes_of_world(self.config.parallel, self.control.size)[0]["data"]
-        then = world.get("data", world["ranks"])
-        check_order(found.text("config.json"), then, self.config, readers, str(found), self.state.batch_count)
 
     def _load_tensors(self, found: Found, kinds: set[str], new_adapters: bool) -> None:
         """Fills this rank's pieces; whoever lacks something tells all ranks, so that none waits for it for ever."""

@@ -25,7 +25,7 @@ from internlm.data.fitting import FittedFile, PairedFile, UnpackedFile
 from internlm.data.formats import SampleFile
 from internlm.data.mixture import MixtureOrder
 from internlm.data.packing import PackedFile, Packing, PackOptions, Row, WholeSamples
-from internlm.data.sampler import BatchSizes, EpochOrder, Order, SkippedBatches
+from internlm.data.sampler import BatchSizes, EpochOrder, Order, SkippedBatches, Span, place_after, spans
 from internlm.data.sources import Sources, open_train, open_valid
 from internlm.model.batch import Batch, Segments
 from internlm.utils.errors import UserError
@@ -41,6 +41,7 @@ class StepBatch:
     index: int  # number of the batch in the run, from 0
     micro_batches: list[Batch]  # empty if skipped
     num_rows: int  # of all data ranks
+    end: int  # the place in the order of rows behind this batch
     skipped: bool = False
 
 
@@ -191,10 +192,16 @@ def _read(loader: DataLoader) -> Iterator[_Rows | None]:
 
 
 def order_of(data: DataConfig, rows: TrainRows, sizes: BatchSizes) -> Order:
-    """Which rows make up a batch. Raises UserError for fewer rows than a batch takes, or a mixture of other sources."""
+    """The line of rows. Raises UserError for fewer of them than a batch takes, or a mixture of other sources."""
     if data.mixture:
-        return MixtureOrder(rows.by_source(), data.mixture, sizes, data.seed)
-    return EpochOrder(len(rows), sizes, data.seed)
+        return MixtureOrder(rows.by_source(), data.mixture, data.seed)
+    if len(rows) < sizes.full:
+        raise UserError(
+            f"data: {len(rows)} packed rows, but one batch takes data.micro_num = {sizes.micro_num} x "
+            f"{sizes.dp_size} data ranks = {sizes.full} rows. Give more data, or make micro_num, seq_len or micro_bsz "
+            "smaller."
+        )
+    return EpochOrder(len(rows), data.seed)
 
 
 class TrainLoader:
@@ -203,32 +210,42 @@ class TrainLoader:
     def __init__(self, config: Config, dp_rank: int, dp_size: int) -> None:
         data = config.data
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.next_batch = 0
         self.total_steps = data.total_steps
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
         self.skipped = SkippedBatches.parse(data.skip_batches)
         rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
         logger.info("training data: %s", rows)
         self.type_names = rows.type_names
+        self.num_rows = len(rows)
         self.order = order_of(data, rows, self.sizes)
         self._loader = _torch_loader(self, rows, data.num_worker)
+        self.seek(0)
 
-    def seek(self, batch: int) -> None:
-        """The next iteration begins at `batch`."""
+    def seek(self, batch: int, place: int | None = None) -> None:
+        """The next iteration begins with `batch`, behind `place` rows of the order.
+
+        None: as many as this run's own batches before that one take, which were perhaps made otherwise.
+        """
         self.next_batch = batch
+        self.place = place_after(self.order, self.sizes, batch) if place is None else place
+        if batch:
+            logger.info("batch %d is next, behind %d rows (%d an epoch)", batch, self.place, self.num_rows)
+
+    def _to_come(self) -> Iterator[Span]:
+        return spans(self.order, self.sizes, range(self.next_batch, self.total_steps), self.place)
 
     def row_numbers(self) -> Iterator[list[int]]:
         """The rows of this rank in each batch; none for a skipped one, which is counted but not read."""
-        for index in range(self.next_batch, self.total_steps):
+        for index, first, size in self._to_come():
             skipped = index in self.skipped
-            yield [] if skipped else self.order.batch(index)[self.dp_rank :: self.dp_size].tolist()
+            yield [] if skipped else self.order.rows(first, size)[self.dp_rank :: self.dp_size].tolist()
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Raises UserError for data that can't be read or does not fit the model."""
-        for index, rows in enumerate(_read(self._loader), self.next_batch):
+        for (index, first, size), rows in zip(self._to_come(), _read(self._loader), strict=True):
             batches = [] if rows is None else rows.batches()
-            self.next_batch = index + 1
-            yield StepBatch(index, batches, self.sizes.size(index), skipped=rows is None)
+            self.next_batch, self.place = index + 1, first + size
+            yield StepBatch(index, batches, size, self.place, skipped=rows is None)
 
 
 class ValidLoader:

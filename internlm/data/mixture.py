@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from internlm.data.formats import Int64s
-from internlm.data.sampler import BatchSizes
 from internlm.utils.errors import UserError
 
 BLOCK = 10_000  # rows; a share is exact to 1/10,000
@@ -28,16 +27,15 @@ def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class MixtureOrder:
-    """Batches from sources with weights.
+    """Rows of sources with weights.
 
     `rows` are the global row numbers of every source. Raises UserError when `weights` does not fit the sources.
     """
 
-    def __init__(self, rows: Mapping[str, Int64s], weights: Mapping[str, float], sizes: BatchSizes, seed: int) -> None:
+    def __init__(self, rows: Mapping[str, Int64s], weights: Mapping[str, float], seed: int) -> None:
         _check(rows, weights)
         self.names = sorted(name for name, weight in weights.items() if weight > 0)
-        self.rows = [rows[name] for name in self.names]
-        self.sizes = sizes
+        self.sources = [rows[name] for name in self.names]
         self.seed = seed % 2**32
         counts = block_counts({name: weights[name] for name in self.names})
         self.counts = np.array([counts[name] for name in self.names])
@@ -57,10 +55,10 @@ class MixtureOrder:
 
     def _source_row(self, source: int, number: int) -> int:
         """The `number`-th row that the run reads from `source`, as a global row number."""
-        epoch, place = divmod(number, len(self.rows[source]))
+        epoch, place = divmod(number, len(self.sources[source]))
         if self._orders.get(source, (-1,))[0] != epoch:
             random = np.random.Generator(np.random.PCG64([self.seed, source, epoch]))
-            self._orders[source] = (epoch, random.permutation(self.rows[source]))
+            self._orders[source] = (epoch, random.permutation(self.sources[source]))
         return int(self._orders[source][1][place])
 
     def row(self, number: int) -> int:
@@ -70,9 +68,11 @@ class MixtureOrder:
         source = int(sources[place])
         return self._source_row(source, block * int(self.counts[source]) + int(ranks[place]))
 
-    def batch(self, index: int) -> Int64s:
-        first = self.sizes.rows_before(index)
-        return np.array([self.row(first + i) for i in range(self.sizes.size(index))], np.int64)
+    def begin(self, place: int, size: int) -> int:
+        return place
+
+    def rows(self, first: int, size: int) -> Int64s:
+        return np.array([self.row(first + i) for i in range(size)], np.int64)
 
 
 def _check(rows: Mapping[str, Int64s], weights: Mapping[str, float]) -> None:

@@ -1,13 +1,15 @@
-"""The order of rows as a pure function of (seed, batch index): no state to save, no difference between layouts.
+"""The order of rows as a pure function of the seed: no state to save, no difference between layouts.
 
-Batch k is a set of rows for the whole world; data rank r of n takes every n-th of them, beginning with the r-th. So
-two layouts with the same micro_num * data ranks train on the same rows at every step, and a run resumes anywhere.
+All rows that a run will ever read stand in one line, and a place in it is a number. A batch takes the next rows of the
+line, however many it is to have; data rank r of n takes every n-th of them, beginning with the r-th. So two layouts
+with the same micro_num * data ranks train on the same rows at every step, and a run goes on at any place, with batches
+of any size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,9 +18,15 @@ from internlm.utils.errors import UserError
 
 
 class Order(Protocol):
-    """Which rows make up batch k of the whole world."""
+    """The line of rows."""
 
-    def batch(self, index: int) -> Int64s: ...  # [rows of the batch]
+    def begin(self, place: int, size: int) -> int:
+        """Where a batch of `size` rows begins, when those before it end at `place`."""
+        ...
+
+    def rows(self, first: int, size: int) -> Int64s:
+        """The rows of a batch that begins at `first`, [size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,6 @@ class BatchSizes:
             )
         return np.arange(min(start, self.micro_num), self.micro_num, increment, dtype=np.int64).repeat(every)
 
-    @cached_property
-    def ramp(self) -> Int64s:
-        """Rows of the world in the batches before the size is constant, [batches]."""
-        return self._ramp * self.dp_size
-
-    @cached_property
-    def _ramp_ends(self) -> Int64s:
-        return np.concatenate(([0], self.ramp.cumsum())).astype(np.int64)
-
     @property
     def full(self) -> int:
         """Rows of the world in a batch after the ramp-up."""
@@ -68,60 +67,31 @@ class BatchSizes:
 
     def size(self, index: int) -> int:
         """Rows of the world in batch `index`."""
-        return int(self.ramp[index]) if index < len(self.ramp) else self.full
-
-    def rows_before(self, index: int) -> int:
-        """Rows of the world in all batches before `index`."""
-        ramped = min(index, len(self.ramp))
-        return int(self._ramp_ends[ramped]) + (index - ramped) * self.full
+        return int(self._ramp[index]) * self.dp_size if index < len(self._ramp) else self.full
 
 
 class EpochOrder:
     """Every row once per epoch, in the 2023 order: one RandomState(seed) shuffles 0..rows-1 anew for each epoch.
 
     An epoch ends when what is left of it is smaller than the next batch; that rest is dropped.
-    Raises UserError when not even one batch fits in.
     """
 
-    def __init__(self, num_rows: int, sizes: BatchSizes, seed: int) -> None:
+    def __init__(self, num_rows: int, seed: int) -> None:
         self.num_rows = num_rows
-        self.sizes = sizes
         self.seed = seed
-        if num_rows < sizes.full:
-            raise UserError(
-                f"data: {num_rows} packed rows, but one batch takes data.micro_num = {sizes.micro_num} x "
-                f"{sizes.dp_size} data ranks = {sizes.full} rows. Give more data, or make micro_num, seq_len or "
-                "micro_bsz smaller."
-            )
         self._epoch = -1
         self._random = np.random.RandomState(seed)
         self._rows: Int64s = np.empty(0, np.int64)
 
-    @cached_property
-    def _ramp_places(self) -> list[tuple[int, int]]:
-        """(epoch, first row in it) of each batch of the ramp-up and of the first one after it."""
-        places, epoch, used = [], 0, 0
-        for size in (*self.sizes.ramp.tolist(), self.sizes.full):
-            if used + size > self.num_rows:
-                epoch, used = epoch + 1, 0
-            places.append((epoch, used))
-            used += size
-        return places
+    def begin(self, place: int, size: int) -> int:
+        epoch, used = divmod(place, self.num_rows)
+        return place if used + size <= self.num_rows else (epoch + 1) * self.num_rows
 
-    def place(self, index: int) -> tuple[int, int]:
-        """The epoch of batch `index` and where in it the batch begins, in rows."""
-        ramped = len(self.sizes.ramp)
-        if index <= ramped:
-            return self._ramp_places[index]
-        epoch, used = self._ramp_places[ramped]
-        per_epoch = self.num_rows // self.sizes.full
-        here = (self.num_rows - used) // self.sizes.full  # batches left in the epoch in which the ramp-up ended
-        after = index - ramped - here
-        if after < 0:
-            return epoch, used + (index - ramped) * self.sizes.full
-        return epoch + 1 + after // per_epoch, after % per_epoch * self.sizes.full
+    def rows(self, first: int, size: int) -> Int64s:
+        epoch, used = divmod(first, self.num_rows)
+        return self._epoch_rows(epoch)[used : used + size]
 
-    def epoch_rows(self, epoch: int) -> Int64s:
+    def _epoch_rows(self, epoch: int) -> Int64s:
         """All rows in the order of `epoch`; cheap for the same or the next epoch, else shuffled from the first on."""
         if epoch < self._epoch:
             self._epoch, self._random = -1, np.random.RandomState(self.seed)
@@ -131,9 +101,27 @@ class EpochOrder:
             self._epoch += 1
         return self._rows
 
-    def batch(self, index: int) -> Int64s:
-        epoch, first = self.place(index)
-        return self.epoch_rows(epoch)[first : first + self.sizes.size(index)]
+
+class Span(NamedTuple):
+    """What a batch takes of the line."""
+
+    batch: int
+    first: int  # place
+    size: int  # rows of the world
+
+
+def spans(order: Order, sizes: BatchSizes, batches: range, place: int) -> Iterator[Span]:
+    """Some batches, one after the other, behind `place`."""
+    for batch in batches:
+        size = sizes.size(batch)
+        first = order.begin(place, size)
+        place = first + size
+        yield Span(batch, first, size)
+
+
+def place_after(order: Order, sizes: BatchSizes, batch: int) -> int:
+    """The place behind the first `batch` batches of a run."""
+    return max((first + size for _, first, size in spans(order, sizes, range(batch), 0)), default=0)
 
 
 @dataclass(frozen=True)

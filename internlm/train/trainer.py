@@ -56,7 +56,7 @@ class Trainer:
         done, total = self.state.batch_count, self.config.data.total_steps
         if done >= total:
             logger.info(f"nothing to do: {done} batches are done, data.total_steps = {total}")
-        self.train_loader.seek(done)
+        self.train_loader.seek(done, self.state.place)
         self._batches = iter(self.train_loader)
         self._fetch()
         with paused_collector() as collect_garbage:
@@ -81,16 +81,16 @@ class Trainer:
     def _step(self, batch: StepBatch, facts: Tensor | None, timer: Timer) -> StepReport:
         if facts is None:
             logger.info(f"batch {batch.index} is left out, as data.skip_batches asks")
-            return self._left_out()
+            return self._left_out(batch)
         counts = BatchCounts.of(facts, self.mesh.world.size)
         if counts.trained_tokens == 0:
             common_warning(logger, f"batch {batch.index} has no token to train on any rank; it is left out")
-            return self._left_out()
+            return self._left_out(batch)
         return self._train(batch, counts, timer)
 
-    def _left_out(self) -> StepReport:
+    def _left_out(self, batch: StepBatch) -> StepReport:
         state = self.state
-        state.batch_count += 1
+        state.batch_count, state.place = state.batch_count + 1, batch.end
         self._fetch()
         return StepReport(
             step=state.batch_count,
@@ -112,7 +112,7 @@ class Trainer:
         self._fetch()  # while the device computes
         totals, (grad_norm, ok, *experts) = sums.reduce(self.mesh, result.grad_norm, result.ok, *routed)
         seconds = timer.seconds
-        self._advance(counts, bool(ok), grad_norm, batch.index)
+        self._advance(counts, bool(ok), grad_norm, batch)
         flops = counts.flops
         return StepReport(
             step=state.batch_count,
@@ -172,8 +172,8 @@ class Trainer:
         # The 2023 rule: the mean over micro batches and data ranks of each micro batch's mean.
         return 1 / (max(1, row.num_trained) * num_micro * self.mesh.dp_size)
 
-    def _advance(self, counts: BatchCounts, ok: bool, grad_norm: float, index: int) -> None:
-        self.state.batch_count += 1
+    def _advance(self, counts: BatchCounts, ok: bool, grad_norm: float, batch: StepBatch) -> None:
+        self.state.batch_count, self.state.place = self.state.batch_count + 1, batch.end
         self.state.num_consumed_tokens += counts.tokens
         if ok:
             self.state.step_count += 1
@@ -181,6 +181,6 @@ class Trainer:
         self.state.inf_nan_skip_batches += 1
         common_warning(
             logger,
-            f"batch {index}: the gradient norm is {grad_norm}; no update was made, weights and schedules stay "
+            f"batch {batch.index}: the gradient norm is {grad_norm}; no update was made, weights and schedules stay "
             f"({self.state.inf_nan_skip_batches} such batches so far)",
         )

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.legacy.reader import LegacyReader
+from internlm.checkpoint.legacy.resume import check_batches
 from internlm.checkpoint.native import NativeReader, open_checkpoint
 from internlm.config.schema import Config
 from internlm.utils.errors import UserError
@@ -18,10 +20,13 @@ from tests.pool import run_ranks
 from tools.convert2hf import main
 
 STEP = 7
+DATA = {"type": "synthetic", "seq_len": 8, "total_steps": STEP + 2, "num_worker": 0}
 GENERATION = old.V021.at(tp=2, pp=2, zero=2, dtype=torch.bfloat16)
 
 
-def config_of(generation: old.Generation, folder: Path, content: Any = ("all",), **sections: Any) -> Config:
+def config_of(
+    generation: old.Generation, folder: Path, content: Any = ("all",), ranks: int = 1, **sections: Any
+) -> Config:
     model = {
         "num_layers": old.LAYERS,
         "hidden_size": old.HIDDEN,
@@ -38,7 +43,7 @@ def config_of(generation: old.Generation, folder: Path, content: Any = ("all",),
     load = {"path": str(folder), "content": content, "ckpt_type": "internlm"}
     defaults: dict[str, Any] = {
         "model": model,
-        "data": {"type": "synthetic", "seq_len": 8, "total_steps": STEP + 2, "num_worker": 0},
+        "data": {**DATA, "micro_num": 4 // ranks},
         "lr_scheduler": {"total_steps": 20, "warmup_ratio": 0.2},
         "ckpt": {"load_ckpt_info": load},
     }
@@ -68,7 +73,7 @@ def under_llamas_names(folder: Path, config: Config, kind: str, target: Path) ->
 @pytest.mark.parametrize(("ranks", "generation"), [(1, old.V021_MOE), (2, GENERATION)])
 def test_everything_arrives(ranks: int, generation: old.Generation, tmp_path: Path) -> None:
     masters, exp_avg, exp_avg_sq = written(tmp_path / "old", generation)
-    config = config_of(generation, tmp_path / "old")
+    config = config_of(generation, tmp_path / "old", ranks=ranks)
     # no step is trained: what was loaded is saved again at once
     run_ranks(ranks, save_what_was_loaded, config, tmp_path / "new")
     saved = tmp_path / "new" / "checkpoints" / str(STEP)
@@ -82,6 +87,8 @@ def test_everything_arrives(ranks: int, generation: old.Generation, tmp_path: Pa
     assert state["train"] == {
         "step_count": STEP,
         "batch_count": STEP + 2,
+        "place": None,
+        "num_rows": None,
         "num_consumed_tokens": 32 * (STEP + 2),
         "inf_nan_skip_batches": 1,
     }
@@ -118,7 +125,9 @@ def test_training_goes_on_and_saves_in_our_format(tmp_path: Path) -> None:
     (folder / "9").mkdir()
     (folder / "9" / "model_tp0_pp0.pt").touch()  # without a .step file: never completed
     config = config_of(
-        GENERATION, Path("unused"), data={"type": "synthetic", "seq_len": 8, "total_steps": STEP + 4, "num_worker": 0}
+        GENERATION,
+        Path("unused"),
+        data={**DATA, "micro_num": 4, "total_steps": STEP + 4},
     )
     config = config.model_copy(update={"ckpt": config.ckpt.model_copy(update={"load_ckpt_info": None})})
     (seen,) = run_ranks(1, train, config, tmp_path / "run")
@@ -128,6 +137,18 @@ def test_training_goes_on_and_saves_in_our_format(tmp_path: Path) -> None:
     again = config.model_copy(update={"data": config.data.model_copy(update={"total_steps": STEP + 5})})
     (seen,) = run_ranks(1, train, again, tmp_path / "run")
     assert len(seen["losses"]) == 1  # from our checkpoint, the newest
+
+
+def test_batches_that_were_made_otherwise_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "old", GENERATION)
+    config = config_of(GENERATION, tmp_path / "old")
+    reader = LegacyReader(str(tmp_path / "old"), run=config)
+    check_batches(reader, config, readers=1)
+    with pytest.raises(UserError, match=r"rows of a batch \(data.micro_num \* data ranks\): 4 in .*, 8 in this run"):
+        check_batches(reader, config, readers=2)
+    data = config.data.model_copy(update={"seed": 5, "rampup_batch_size": "1 1 1"})
+    with pytest.raises(UserError, match=r"seed: 1024 in .*, 5 in(.|\n)*rampup_batch_size: '' in .*, '1 1 1' in"):
+        check_batches(reader, config.model_copy(update={"data": data}), readers=1)
 
 
 def test_content_is_what_is_taken(tmp_path: Path) -> None:

@@ -80,6 +80,43 @@ def test_resume_at_every_batch(folder: Path, data: dict) -> None:
         assert run(folder, 1, 2, start, **steps) == whole[start:]
 
 
+@pytest.mark.parametrize("mixture", [{}, MIXTURE])
+def test_no_row_is_repeated_or_missed_when_the_batch_changes(folder: Path, mixture: dict) -> None:
+    """One after the other: other ranks, accumulation and ramp-up; across epochs, which drop what is left of them."""
+    runs: list[tuple[int, int, dict]] = [  # (data ranks, until this batch, keys)
+        (2, 5, {"micro_num": 5}),
+        (1, 9, {"micro_num": 1}),
+        (4, 17, {"micro_num": 2, "rampup_batch_size": "1 1 12"}),
+        (3, 20, {"micro_num": 2, "skip_batches": "18"}),
+    ]
+    batch, place, read, sizes = 0, 0, [], []
+    for ranks, stop, keys in runs:
+        config = make_config(train_folder=str(folder), total_steps=stop, mixture=mixture, **keys)
+        loaders = [build_train_loader(config, rank, ranks) for rank in range(ranks)]
+        for loader in loaders:
+            loader.seek(batch, place)
+        numbers = [list(loader.row_numbers()) for loader in loaders]
+        batches = [list(loader) for loader in loaders]
+        read += [sorted(row for of_rank in step for row in of_rank) for step in zip(*numbers, strict=True)]
+        sizes += [one.num_rows for one in batches[0]]
+        (place,) = {of_rank[-1].end for of_rank in batches}
+        batch = stop
+    num_rows = loaders[0].num_rows
+    assert sizes == [10] * 5 + [1] * 4 + [4] * 3 + [8] * 5 + [6] * 3 and num_rows == 113
+    line = np.random.RandomState(1024)
+    epochs = [line.permutation(num_rows).tolist() for _ in range(2)]
+    if mixture:
+        epochs = [loaders[0].order.rows(0, sum(sizes)).tolist()]
+    expected: list[list[int]] = []
+    for size in sizes:
+        if len(epochs[0]) < size:
+            epochs.pop(0)
+        expected.append(sorted(epochs[0][:size]))
+        epochs[0] = epochs[0][size:]
+    expected[18] = []
+    assert read == expected
+
+
 def test_every_worker_count_reads_the_same_and_resumes(folder: Path) -> None:
     steps = {"micro_num": 3, "total_steps": 25, "skip_batches": "4", "rampup_batch_size": "1 1 3"}
     whole = run(folder, num_worker=0, **steps)
@@ -174,4 +211,6 @@ def test_many_micro_batches_need_few_file_handles() -> None:
 
 
 def test_step_batches_are_plain_data() -> None:
-    assert [field.name for field in dataclasses.fields(StepBatch)] == ["index", "micro_batches", "num_rows", "skipped"]
+    assert [field.name for field in dataclasses.fields(StepBatch)] == [
+        *("index", "micro_batches", "num_rows", "end", "skipped")
+    ]

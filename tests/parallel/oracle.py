@@ -119,7 +119,7 @@ def build_trainer(rank: int, world_size: int, config: Config, steps: Sequence[in
     engine = HybridZero(model, config, mesh, initial, placements)
     schedule = build_schedule(model, engine, config, mesh)
     batches = [
-        StepBatch(step, global_batch(step, rows)[mesh.dp_rank :: mesh.dp_size], num_rows=rows, skipped=False)
+        StepBatch(step, global_batch(step, rows)[mesh.dp_rank :: mesh.dp_size], num_rows=rows, end=(step + 1) * rows)
         for step in steps
     ]
     loader: Any = ListLoader(batches)

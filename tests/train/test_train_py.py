@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,19 +111,35 @@ def test_a_longer_run_continues_the_same_file(tmp_path: Path, config_file: Path)
         assert [line[key] for line in continued] == [line[key] for line in whole], key
 
 
-def test_a_resume_with_other_batches_says_so(
+def test_a_resume_takes_batches_of_any_size_but_no_other_rows(
     tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--config", config_file, "--run_dir", tmp_path / "run", "monitor.enable_tb=False")
-    assert run_main(*arguments, "data.total_steps=2") == 0
-    assert run_main(*arguments, "data.total_steps=3") == 0
-    assert "read twice or never" not in capsys.readouterr().out
-    changes = ("data.seq_len=8", "data.micro_num=1", "data.seed=5", "data.total_steps=4")
-    assert run_main(*arguments, *changes) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "read twice or never" in line]
-    assert "WARNING" in line and "goes on with batch 3" in line
-    for change in ("data ranks): 2 in", "data.seq_len: 16 in", "data.seed: 1024 in"):
-        assert change in line
+    write_bin(tmp_path / "data/a.bin", [[5] * 60] * 20)  # 37 rows of 32 tokens
+    run, folder = ("--run_dir", tmp_path / "run"), f"data.train_folder={tmp_path}/data"
+    arguments = ("--config", config_file, "monitor.enable_tb=False", "data.type=tokenized")
+    assert run_main(*arguments, *run, folder, "data.total_steps=2") == 0
+    assert run_main(*arguments, *run, folder, "data.total_steps=3", "data.micro_num=5") == 0
+    assert "batch 2 is next, behind 4 rows (37 an epoch)" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run/checkpoints/3/state.json").read_text())
+    assert state["train"]["place"] == 9
+
+    changes = ("data.seq_len=8", "data.seed=5", "data.total_steps=4")
+    assert run_main(*arguments, *run, folder, *changes) == 2
+    told = capsys.readouterr().err
+    for key, then, now in (("data.seq_len", 16, 8), ("data.seed", 1024, 5), ("rows of the training data", 37, 75)):
+        assert f"{key}: {then} in the checkpoint, {now} in this run" in told
+    (tmp_path / "data").rename(tmp_path / "moved")
+    folder = f"data.train_folder={tmp_path}/moved"
+    assert run_main(*arguments, *run, folder, "data.total_steps=4") == 0
+    assert "taken for the same data, since it makes 37 rows: data.train_folder: " in capsys.readouterr().out
+    write_bin(tmp_path / "moved/b.bin", [[5] * 64])
+    assert run_main(*arguments, *run, folder, "data.total_steps=5") == 2
+    told = capsys.readouterr().err
+    assert "training data: 37 in the checkpoint, 39 in this run" in told
+    remedy = shlex.split(told.partition("--run_dir OTHER ")[2])
+    assert run_main(*arguments, "--run_dir", tmp_path / "other", folder, *remedy) == 0
+    lines = lines_of(tmp_path / "other")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and lines[0]["step_count"] == 5
 
 
 def test_a_bad_config_ends_with_code_2_and_one_screen(

@@ -135,15 +135,15 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     assert any(not torch.equal(after[name], later[name]) for name in after)
     assert (second.step, second.step_count, second.inf_nan_skip_batches) == (2, 1, 1)
     assert [r.lr for r in seen["reports"]] == pytest.approx([LR / 10, LR * 2 / 10, LR * 2 / 10])  # no advance
-    state = {"step_count": 2, "batch_count": 3, "num_consumed_tokens": 24, "inf_nan_skip_batches": 1}
-    assert seen["states"][-1] == state
+    state = {"step_count": 2, "batch_count": 3, "place": 3, "num_consumed_tokens": 24, "inf_nan_skip_batches": 1}
+    assert seen["states"][-1] == {**state, "num_rows": None}
     assert any(level == "WARNING" and "batch 1: the gradient norm is" in text for level, text in seen["messages"])
 
 
 def left_out(rank: int, world_size: int) -> Any:
     rows = [[make_row(1, (8,), 8)], [make_row(2, (8,), 8)], [make_row(3, (8,), 0)]]
     batches = step_batches(rows)
-    batches[1] = StepBatch(1, rows[1], num_rows=1, skipped=True)
+    batches[1] = StepBatch(1, rows[1], num_rows=1, end=2, skipped=True)
     trainer = make_trainer(make_config(), batches)
     reports, weights = [], []
     for report in trainer.steps():
@@ -156,7 +156,8 @@ def test_batches_that_are_skipped_or_have_nothing_to_train_are_counted_alone() -
     ((reports, weights, state),) = run_ranks(1, left_out)
     assert [(r.step, r.skipped, r.updated) for r in reports] == [(1, False, True), (2, True, False), (3, True, False)]
     assert all(torch.equal(weights[0][name], later[name]) for later in weights[1:] for name in later)
-    assert state == {"step_count": 1, "batch_count": 3, "num_consumed_tokens": 8, "inf_nan_skip_batches": 0}
+    counters = {"step_count": 1, "batch_count": 3, "num_consumed_tokens": 8, "inf_nan_skip_batches": 0}
+    assert state == {**counters, "place": 3, "num_rows": None}
 
 
 def train_types(rank: int, world_size: int, steps: list[list[Batch]]) -> StepReport:

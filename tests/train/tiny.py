@@ -70,8 +70,8 @@ class ListLoader:
     batches: list[StepBatch]
     type_names: list[str] = field(default_factory=lambda: ["all"])
 
-    def seek(self, batch: int) -> None:
-        assert batch == 0
+    def seek(self, batch: int, place: int | None) -> None:
+        assert (batch, place) == (0, 0)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return iter(self.batches)
@@ -92,7 +92,7 @@ class NamedRows:
 def step_batches(steps: Sequence[Sequence[Batch]], rank: int = 0, world_size: int = 1) -> list[StepBatch]:
     """Batches of this rank: every world_size-th row of each step, one a micro batch."""
     return [
-        StepBatch(index, list(rows[rank::world_size]), num_rows=len(rows), skipped=False)
+        StepBatch(index, list(rows[rank::world_size]), num_rows=len(rows), end=(index + 1) * len(rows))
         for index, rows in enumerate(steps)
     ]
 

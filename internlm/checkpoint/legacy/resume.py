@@ -12,6 +12,7 @@ from internlm.checkpoint.legacy.folder import is_legacy_folder
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
+from internlm.core.mesh import axes_of_world
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.solver.pieces import Piece
 from internlm.train.state import TrainState
@@ -64,7 +65,7 @@ def load_legacy(
         _fill(reader, optimizer, kinds)
         if "exp_avg" in kinds:
             _load_scalars(reader, optimizer)
-        _load_counters(reader, content, config, state)
+        _load_counters(reader, content, config, state, axes_of_world(config.parallel, control.size)[0]["data"])
     except UserError as error:
         problem = str(error)
     problems = [text for text in control.gather(problem) if text]
@@ -105,7 +106,9 @@ def _load_scalars(reader: LegacyReader, optimizer: HybridZero) -> None:
     optimizer.load_state_dict({"num_updates": num_updates, "grad_scaler": scaler_state})
 
 
-def _load_counters(reader: LegacyReader, content: Sequence[str], config: Config, state: TrainState) -> None:
+def _load_counters(
+    reader: LegacyReader, content: Sequence[str], config: Config, state: TrainState, readers: int
+) -> None:
     """context.pt into the run's counters; what schedule and sampler files say is compared with the config."""
     everything = "all" in content
     wanted = {part for part in ("scheduler", "sampler") if everything or part in content}
@@ -123,10 +126,10 @@ def _load_counters(reader: LegacyReader, content: Sequence[str], config: Config,
         counters["step_count"] = updates + 1 if is_first_version else updates  # 0.1 counted behind
         _compare_schedule(reader, config)
     if "sampler" in wanted:
-        counters["batch_count"] = done
+        counters["batch_count"], counters["place"] = done, None
         for key in ("num_consumed_tokens", "inf_nan_skip_batches"):
             counters[key] = int(saved[key])
-        _compare_order(reader, config)
+        check_batches(reader, config, readers)
     state.load_state_dict(counters)
 
 
@@ -151,14 +154,30 @@ def _compare_schedule(reader: LegacyReader, config: Config) -> None:
             )
 
 
-def _compare_order(reader: LegacyReader, config: Config) -> None:
-    """Which samples come next is a function of data.seed and the batch; it is theirs if seed and batch size agree."""
+def check_batches(reader: LegacyReader, config: Config, readers: int) -> None:
+    """Which samples come next is a function of the seed and the batch; it is theirs if seed and batch sizes agree.
+
+    Raises UserError if they don't; 2023 refused other seeds, ramps and data ranks as well.
+    """
     if "sampler.pt" not in reader.folder.names:
         return
     saved = reader.folder.read_file("sampler.pt")
-    if int(saved.get("seed", config.data.seed)) != config.data.seed:
-        common_warning(
-            logger,
-            f"{reader.path}: its samples were ordered by seed {saved['seed']}, data.seed is {config.data.seed}: "
-            "some samples come again and others not at all",
+    ours = {
+        "data.seed": (saved.get("seed"), config.data.seed),
+        "rows of a batch (data.micro_num * data ranks)": (
+            saved["batch_size"] * saved["data_world_size"] if "batch_size" in saved else None,
+            config.data.micro_num * readers,
+        ),
+        "data.rampup_batch_size": (saved.get("raw_rampup_batch_size"), config.data.rampup_batch_size),
+    }
+    different = [
+        f"{key}: {old!r} in the checkpoint, {new!r} in this run"
+        for key, (old, new) in ours.items()
+        if old is not None and (old or "") != (new or "")
+    ]
+    if different:
+        raise UserError(
+            f"{reader.path}: its place in the data means nothing in this run:\n"
+            + "\n".join(different)
+            + '\nSet the same, or begin the data anew: leave "sampler" and "all" out of ckpt.load_ckpt_info.content.'
         )
