@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 monitor.report(report)
                 checkpointer.after_step(report)
                 if checkpointer.should_stop:
+                    monitor.stop_reason = checkpointer.stop_reason
                     break
-        checkpointer.close()
+            checkpointer.close()
     return EXIT_SIGTERM if checkpointer.stop_reason == "SIGTERM" else 0
 
 

@@ -58,10 +58,16 @@ class Alert:
             self.send(f"Warning: skip parameter update at step {report.step}.")
         self._loss = report.loss
 
-    def ended(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """The run is over: well, or by an exception."""
+    def ended(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+        stop_reason: str | None = None,
+    ) -> None:
+        """The run is over: well, by somebody who stopped it, or by an exception."""
         if kind is None:
-            self.send(f"Training in {self.host} completed.")
+            self.send(f"Training in {self.host} " + (f"was stopped ({stop_reason})." if stop_reason else "completed."))
         else:
             trace = "".join(traceback.format_exception(kind, error, tb))
             if self._is_first(trace):

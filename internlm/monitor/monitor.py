@@ -41,6 +41,7 @@ class Monitor:
         start_step: int = 0,
         ranks: ProcessGroup | None = None,
     ) -> None:
+        self.stop_reason: str | None = None  # of a run that ends before its last step
         self.listeners: list[Listener] = []
         self.alert = Alert(config, rank)
         stuck_after = config.monitor.stuck_after
@@ -83,4 +84,4 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-        self.alert.ended(kind, error, tb)
+        self.alert.ended(kind, error, tb, self.stop_reason)

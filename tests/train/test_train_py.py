@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import train
+from internlm.monitor.alert import Alert
 from internlm.train import cli
 from internlm.train.cli import parse_arguments, user_errors
 from tests.data.helpers import train_tokenizer, write_bin
@@ -311,18 +313,27 @@ def test_an_unwritable_run_dir_is_a_user_mistake(
     assert "run_dir" in capsys.readouterr().err
 
 
-def test_the_stop_file_ends_with_code_0(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = tmp_path / "stop"
+@pytest.mark.parametrize(("how", "code"), [("stop file", 0), ("SIGTERM", 143)])
+def test_a_run_that_is_stopped_says_so(
+    how: str, code: int, tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only after its last save, which might have failed."""
+    stop, run_dir, told = tmp_path / "stop", tmp_path / "run", []
     report = train.Monitor.report
 
-    def ask_at_two(self: Any, one: Any) -> None:
+    def stop_at_two(self: Any, one: Any) -> None:
         report(self, one)
-        stop.write_text("2")
+        if how == "stop file":
+            stop.write_text("2")
+        elif one.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Monitor, "report", ask_at_two)
-    run_dir = tmp_path / "run"
-    assert run_main("--config", config_file, "--run_dir", run_dir, f"ckpt.stop_file_path={stop}") == 0
+    monkeypatch.setattr(train.Monitor, "report", stop_at_two)
+    saved = run_dir / "checkpoints/2/manifest.json"
+    monkeypatch.setattr(Alert, "send", lambda self, text: told.append((text, saved.exists())))
+    assert run_main("--config", config_file, "--run_dir", run_dir, f"ckpt.stop_file_path={stop}") == code
     assert len(lines_of(run_dir)) == 2
+    assert told[-1] == (f"Training in {socket.gethostname()} was stopped ({how}).", True)
 
 
 def test_sigterm_saves_and_ends_with_143(tmp_path: Path, config_file: Path, repo_root: Path) -> None:
