@@ -16,6 +16,7 @@ from internlm.checkpoint.commit import (
     write_rank,
 )
 from internlm.checkpoint.control import Control
+from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.loading import Loader, rng_file
 from internlm.checkpoint.shards import HostCopy, metadata_of
 from internlm.checkpoint.storage import Storage
@@ -63,7 +64,7 @@ class Checkpointer:
             "snapshot": Storage(config.ckpt.snapshot_ckpt_folder or root.rstrip("/") + "/snapshot"),
         }
         self.control = Control()
-        self._locks: list[IO[bytes]] = []
+        self._locks: list[IO[bytes] | Lease] = []  # rank 0's, on folders that it writes to
         self.stop_file = StopFile(None)
         self._claim()
         self.signals = Signals()
@@ -132,7 +133,7 @@ class Checkpointer:
         def work() -> None:
             write_rank(part)
             if part.rank == 0:
-                commit(part, self.rank_timeout)
+                commit(part, self.rank_timeout, self._check_leases)
                 logger.info("saved %s in %.1f s", storage.show(str(step)), time.perf_counter() - start)
 
         self._background.start(work)
@@ -189,19 +190,28 @@ class Checkpointer:
 
     def _claim_folder(self, kind: Kind, key: str) -> None:
         storage = self.storages[kind]
-        if not storage.is_local:  # object stores know no locks
-            return
+        if not storage.is_local and kind == "snapshot" and self.config.ckpt.snapshot_ckpt_folder is None:
+            return  # it lies in the other one
         with writing(f"{key} = {storage.url!r}"):
             storage.make_folder("")
-            self._locks.append(lock_folder(Path(storage.root), key))
+            self._locks.append(lock_folder(Path(storage.root), key) if storage.is_local else Lease(storage, key))
         remove_unfinished(storage)
+
+    def _check_leases(self) -> None:
+        """Raises UserError on rank 0 if a folder in an object store isn't this run's any more."""
+        for lock in self._locks:
+            if isinstance(lock, Lease):
+                lock.check()
 
     def _begin(self, storage: Storage, step: int) -> str:
         """Makes the folder of a save on rank 0; the token of the save, on all ranks."""
         token, problem = new_token(), None
         if self.control.rank == 0:
             try:
+                self._check_leases()
                 open_folder(storage, step, token)
+            except UserError as error:
+                problem = str(error)
             except OSError as error:
                 problem = f"can't write to ckpt folder {storage.url}: {error}"
         token, problem = self.control.from_first((token, problem))

@@ -95,14 +95,18 @@ def text_of(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def commit(save: Save, timeout: float) -> None:
+def commit(save: Save, timeout: float, check: Callable[[], None] = lambda: None) -> None:
     """Rank 0: waits for all ranks, makes the checkpoint visible, then removes what it replaces.
 
+    `check` is called before any of that can be seen.
+
     Raises:
-        UserError: ranks that failed, or that wrote nothing within `timeout` seconds; the save was abandoned.
+        UserError: ranks that failed, or that wrote nothing within `timeout` seconds; the save was abandoned; what
+            `check` raises.
     """
     storage, final = save.storage, str(save.step)
     files = _collect(save, timeout)
+    check()
     saved_at = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(save.step, save.kind, save.token, saved_at, save.world, dict(sorted(files.items())))
     for rank in range(save.world["ranks"]):

@@ -39,5 +39,10 @@ def lock_folder(folder: Path, key: str) -> IO[bytes]:
             f"{key} = {str(folder)!r} is in use by {holder}: wait until that has ended, or choose another folder"
         ) from error
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    file.write(f"{this_process()}\n".encode())
     return file
+
+
+def this_process() -> str:
+    """How another process is told who has a folder."""
+    return f"process {os.getpid()} on {socket.gethostname()}"

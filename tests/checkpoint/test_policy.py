@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from internlm.checkpoint import checkpointer as checkpointer_module
-from internlm.checkpoint.commit import write_rank
+from internlm.checkpoint import lease
+from internlm.checkpoint.commit import commit, write_rank
 from internlm.utils.errors import UserError
 from tests.checkpoint.fake import FakeOptimizer, FakeRun, make_config, saved
 from tests.utils.holder import held
@@ -258,6 +259,37 @@ def test_object_store(tmp_path: Path) -> None:
     third.checkpointer.resume()
     third.checkpointer.close()
     assert third.state.step_count == 6 and third.optimizer.values() == {6.0}
+
+
+def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "SILENCE", 0.5)
+    url = f"memory://{tmp_path.name}/ckpt"
+    first = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)
+    with pytest.raises(UserError, match=rf"ckpt.save_ckpt_folder = '{url}' is in use by process {os.getpid()} on "):
+        run_of(tmp_path, save_ckpt_folder=url)
+    first.train(2)
+    first.checkpointer.wait()
+    (held,) = first.checkpointer._locks
+    assert isinstance(held, lease.Lease)
+    held._end.set()  # from now on it is as still as a killed run
+    held._thread.join()
+    second = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)
+    second.checkpointer.resume()
+    assert second.state.step_count == 2
+    second.train(1)
+    second.checkpointer.wait()
+    before = second.checkpointer.storages["normal"].read("3/manifest.json")
+    with pytest.raises(UserError, match=r"was taken by process .* leaves the folder to the other"):
+        first.train(1)
+    with pytest.raises(UserError, match="was taken by"):  # also while a save is under way
+        write_rank(first.checkpointer._part)
+        commit(first.checkpointer._part, 10, held.check)
+    first.checkpointer.close()
+    assert second.checkpointer.storages["normal"].read("3/manifest.json") == before
+    assert lease.NAME in second.checkpointer.storages["normal"].names()
+    second.checkpointer.close()
+    assert second.checkpointer.storages["normal"].names() == ["1", "2", "3"]
 
 
 def test_resume_restores_everything(tmp_path: Path) -> None:
