@@ -6,10 +6,11 @@ keys, their values, the arithmetic, and what to change.
 
 import re
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from internlm.config.layout import divisors, find_layout_problems, not_divided
-from internlm.config.schema import V_SCHEDULES, Config
+from internlm.config.schema import V_SCHEDULES, Config, LoraConfig, ModelConfig
 from internlm.utils.errors import UserError
 
 Problems = Iterator[str]
@@ -142,6 +143,7 @@ def _skip(text: str) -> Problems:
 def adapters(config: Config) -> Problems:
     if config.lora is None:
         return
+    yield from _adapted(config.lora, config.model)
     tensor = config.parallel.tensor
     if tensor.size > 1 and tensor.mode == "mtp" and config.lora.dropout:
         yield (
@@ -155,6 +157,22 @@ def adapters(config: Config) -> Problems:
             f"lora.dropout = {config.lora.dropout} with model.checkpoint = {config.model.checkpoint}: a recomputed "
             "block would draw other numbers; set one of them to 0"
         )
+
+
+def _adapted(lora: LoraConfig, model: ModelConfig) -> Problems:
+    """Every pattern must match a projection; experts, which are no projections, take no adapters."""
+    kinds = ["attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"]
+    if model.num_experts > 1:
+        shared = ["feed_forward.shared.w13", "feed_forward.shared.w2"]
+        kinds = kinds[:2] + (shared if model.moe.num_shared_experts else [])
+    names = [f"layers.{layer}.{kind}" for layer in range(model.num_layers) for kind in kinds]
+    for pattern in lora.target:
+        if not any(fnmatch(name, pattern) for name in names):
+            yield (
+                f"lora.target: {pattern} matches no projection of model.num_layers = {model.num_layers} and "
+                f"model.num_experts = {model.num_experts}; leave it out, or name some of {', '.join(kinds)} as in "
+                '"*.attention.w*"'
+            )
 
 
 def offloading(config: Config) -> Problems:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from internlm.config.schema import LoraConfig
 from internlm.model.layers import Linear
-from internlm.utils.errors import UserError
 
 NAMES = ("lora_a", "lora_b")
 
@@ -28,15 +27,8 @@ def is_adapter(name: str) -> bool:
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Freezes `model` and puts adapters beside the projections that `lora.target` names.
-
-    Raises UserError for a pattern without a match.
-    """
+    """Freezes `model` and puts adapters beside the projections that `lora.target` names."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    unmatched = [pattern for pattern in lora.target if not any(fnmatch(name, pattern) for name in linears)]
-    if unmatched:
-        kinds = sorted({name.split(".", 2)[-1] for name in linears})
-        raise UserError(f"lora.target: {', '.join(unmatched)} matches no projection; there are {', '.join(kinds)}.")
     model.requires_grad_(False)
     for name, linear in linears.items():
         if any(fnmatch(name, pattern) for pattern in lora.target):

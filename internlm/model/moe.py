@@ -150,12 +150,13 @@ class Router(nn.Module):
     @torch.no_grad()
     def move_bias(self, loads: Tensor, ok: Tensor) -> None:
         """After a step (`ok` bool []: it was made): experts with more than their share, a load above 1, lose."""
-        if self.bias is not None:
+        if self.bias is not None and self.weight.requires_grad:  # beside adapters, all of the router is frozen
             self.bias += self.config.bias_rate * (1 - loads).sign() * ok
 
     def note(self, y: Tensor, facts: Tensor | None) -> Tensor:
         """y itself; in its backward the losses join the objective, and the ledger takes note."""
-        return y if facts is None else _Note.apply(y, facts, self.ledger)
+        # `requires_grad_`: of a frozen router that no trained weight comes before, the ledger takes note as well.
+        return y if facts is None else _Note.apply(y, facts.requires_grad_(), self.ledger)
 
 
 class _Note(torch.autograd.Function):

@@ -35,7 +35,8 @@ def cut_experts(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
             placement = cut(shape, 0, mesh.coordinates["expert"], mesh.sizes["expert"], "expert")
             placements[f"{name}.experts.{key}"] = placement
             part = torch.empty(box_shape(placement.box), dtype=parameter.dtype, device=parameter.device)
-            setattr(moe.experts, key, nn.Parameter(part))
+            # experts of a model with adapters are frozen
+            setattr(moe.experts, key, nn.Parameter(part, requires_grad=parameter.requires_grad))
         if mesh.sizes["expert"] > 1:
             exchanged = partial(_exchanged, mesh.group("expert"), moe.experts.forward)
             moe.experts.forward = exchanged  # type: ignore[method-assign]

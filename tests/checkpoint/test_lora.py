@@ -15,10 +15,8 @@ from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.checks import find_problems
-from internlm.config.schema import LoraConfig
 from internlm.model.batch import Batch, Segments
-from internlm.model.lora import add_adapters, is_adapter
-from internlm.model.transformer import build_model
+from internlm.model.lora import is_adapter
 from internlm.utils.errors import UserError
 from tests.checkpoint.runs import Chain, contents, global_tensors, run_config, train
 from tests.pool import run_ranks
@@ -209,14 +207,15 @@ def test_a_run_on_4_bits_goes_on_bit_by_bit(base: Path, in_4_bits: tuple[Path, l
 
 
 def test_refusals() -> None:
-    model = build_model(run_config((1, 1, 1), 1))
-    with pytest.raises(UserError, match=r"lora.target: \*\.mlp matches no projection; there are attention.wo"):
-        add_adapters(model, LoraConfig(target=("*.mlp", "*.attention.wqkv")))
-    config = run_config(
-        (1, 1, 1), 2, lora={"dropout": 0.1}, model={"checkpoint": True}, parallel={"tensor": {"size": 2}}
-    )
+    lora = {"dropout": 0.1, "target": ("*.mlp", "*.attention.wqkv")}
+    config = run_config((1, 1, 1), 2, lora=lora, model={"checkpoint": True}, parallel={"tensor": {"size": 2}})
     problems = "\n".join(find_problems(config, 2))
+    assert "lora.target: *.mlp matches no projection" in problems and "target: *.attention" not in problems
     assert "would leave out others of the inputs" in problems and "would draw other numbers" in problems
     assert "lora: the frozen weights are those of ckpt.load_ckpt_info, which is not set" in problems
+    for shared, fit in ((0, "some of attention.wqkv, attention.wo as in"), (1, "wo, feed_forward.shared.w13, feed")):
+        model = {"num_experts": 4, "moe": {"num_shared_experts": shared}}
+        problems = "\n".join(find_problems(run_config((1, 1, 1), 1, lora={}, model=model)))
+        assert "*.feed_forward.w* matches no projection of" in problems and fit in problems
     with pytest.raises(ValidationError, match=r"lora\.target"):
         run_config((1, 1, 1), 1, lora={"target": ()})

@@ -7,6 +7,10 @@ import pytest
 from internlm.config.checks import ConfigError
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
+from internlm.core.launch import pretend
+from internlm.core.mesh import build_mesh
+from internlm.model.transformer import build_model
+from internlm.parallel.parallelize import parallelize
 from tests.config.told import Told, assert_told
 from tests.parallel.oracle import build_trainer, compare, make_config
 from tests.pool import run_ranks
@@ -70,6 +74,18 @@ def test_hybrid_zero_shares_experts_over_their_own_replicas(zero: dict[str, Any]
 @pytest.mark.parametrize("model", [CAPACITY, BIASED], ids=["capacity", "biased"])
 def test_recomputed_blocks_choose_the_same_experts(model: dict[str, Any]) -> None:
     agree(2, {"expert": {"size": 2}}, {**model, "checkpoint": True})
+
+
+def test_beside_adapters_all_else_is_frozen() -> None:
+    """Experts and biases too; and a router that no trained weight comes before is in the log on every layout."""
+    lora = {"rank": 4, "target": ("layers.1.attention.w*",)}
+    agree(2, {"pipeline": {"size": 2}}, {**ALL, "num_layers": 4}, lora=lora)
+    config = make_config({"expert": {"size": 2}}, model=ALL, lora=lora)
+    with pretend(1, 2) as world:
+        model = build_model(config)
+        parallelize(model, config, build_mesh(config.parallel, world))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"layers.1.attention.{part}.lora_{letter}" for part in ("wqkv", "wo") for letter in "ab"]
 
 
 def routed(rank: int, world_size: int, config: Config) -> tuple[list[int], list[int]]:
