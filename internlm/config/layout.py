@@ -115,6 +115,11 @@ def chunks(config: Config) -> Problems:
                 f"model.num_chunks = {model.num_chunks} needs parallel.pipeline.size > 1, which is {stages}; raise "
                 "that, or set model.num_chunks = 1"
             )
+        for name, default in (("schedule", "auto"), ("split", "even")):
+            value = getattr(pipeline, name)
+            if value not in (default, "1f1b", "flops"):  # these say nothing else of one stage
+                needs = f"needs parallel.pipeline.size > 1, which is {stages}"
+                yield f'parallel.pipeline.{name} = {value} {needs}; raise that, or set "{default}"'
         return
     key = f'parallel.pipeline.schedule = "{schedule}"'
     if schedule == "interleaved" and per_stage == 1:
@@ -197,8 +202,13 @@ def expert(config: Config) -> Problems:
     if ranks > 0 and model.num_experts % ranks:
         what = not_divided("model.num_experts", model.num_experts, key, ranks)
         yield f"{what}; each rank holds as many. Set {key} to one of {divisors(model.num_experts)}"
-    tensor, tokens = parallel.axis_sizes["tensor"], config.data.seq_len * config.data.micro_bsz
-    tokens //= parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"]
+    tensor, parts = (
+        parallel.axis_sizes["tensor"],
+        parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"],
+    )
+    if tensor < 1 or parts < 1:
+        return  # told by `sizes`
+    tokens = config.data.seq_len * config.data.micro_bsz // parts
     if parallel.tensor.mode == "mtp" and tensor > 1 and tokens % tensor:
         yield (
             f"{not_divided('tokens of a row on one rank', tokens, 'parallel.tensor.size', tensor)}; tensor ranks deal "

@@ -106,6 +106,12 @@ MOE: Sections = {"num_experts": 6, "moe": {"top_k": 2}}
             8,
             ("parallel.tensor.size", "= -1", "expected a number of ranks, 1 or more"),
         ),
+        (
+            {"tensor": {"size": 0, "mode": "isp"}},
+            MOE,
+            8,
+            ("parallel.tensor.size", "= 0", "expected a number of ranks, 1 or more"),
+        ),
     ],
 )
 def test_refused_with_numbers(small: Sections, parallel: Sections, model: Sections, ranks: int, told: Told) -> None:

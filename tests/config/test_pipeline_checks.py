@@ -26,6 +26,7 @@ def pipeline(small, size, schedule="auto", split="even", num_layers=8, num_chunk
         {"size": 4, "num_chunks": 2, "micro_num": 10},  # two rounds of five
         {"size": 4, "schedule": "zbv", "num_chunks": 2},
         {"size": 4, "schedule": "dualpipev"},
+        {"size": 1, "schedule": "1f1b", "split": "flops"},
         {"size": 2, "split": (5, 3)},
         {"size": 2, "split": [5, 3]},
         {"size": 2, "rampup_batch_size": "2 2 10"},
@@ -95,6 +96,14 @@ CHUNKS = "chunks per stage"
         (
             {"size": 4, "rampup_batch_size": "6 3 10", "num_chunks": 2, "micro_num": 12},
             ("'6 3 10' has steps of 9 micro batches", "9 = 2 * 4 + 1", "let START and INCR be multiples of 4"),
+        ),
+        (
+            {"size": 1, "schedule": "zbv"},
+            ("parallel.pipeline.schedule = zbv", "size > 1, which is 1", 'raise that, or set "auto"'),
+        ),
+        (
+            {"size": 1, "split": (5, 3)},
+            ("parallel.pipeline.split = (5, 3)", "size > 1, which is 1", 'raise that, or set "even"'),
         ),
     ],
 )
