@@ -25,7 +25,7 @@ from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
 from internlm.parallel.contract import GradientEngine, OnLoss
-from internlm.parallel.recompute import num_recomputed
+from internlm.parallel.recompute import num_recomputing
 from internlm.parallel.sequence import own_part
 from internlm.parallel.split import PipelineLayout, pipeline_layout
 from internlm.parallel.split_backward import Join, backward_input, backward_weights
@@ -205,8 +205,8 @@ class _Chunk:
         self.blocks = [model.layers[layer] for layer in layers]
         self.first, self.last = index == 0, index == layout.num_chunks - 1
         self.modules = layout.modules(index)
-        # A backward in two parts would recompute a block in both, so these blocks have it in one.
-        count = num_recomputed(len(layers), config.model.recompute_fraction)
+        # A backward in two parts would compute what is recomputed in both, so these blocks have it in one.
+        count = num_recomputing(len(layers), config.model.checkpoint)
         self.modules_at_once = [f"layers.{layer}" for layer in layers[:count]]
         self.modules_later = [name for name in self.modules if name not in self.modules_at_once]
         at_once = [model.get_submodule(name) for name in self.modules_at_once]

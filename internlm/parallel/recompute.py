@@ -36,6 +36,11 @@ def num_recomputed(num_blocks: int, fraction: float) -> int:
     return int(num_blocks * fraction)
 
 
+def num_recomputing(num_blocks: int, checkpoint: bool | float | str) -> int:
+    """How many of the blocks of a chunk, the first ones, compute anything again in backward."""
+    return num_blocks if isinstance(checkpoint, str) else num_recomputed(num_blocks, float(checkpoint))
+
+
 def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
     """Makes the blocks of a chunk recompute, as `model.checkpoint` asks: the first ones from their input;
     "feed_forward": of all of them the inside of the feed-forward layer; "offload": that from its first product, which
@@ -55,8 +60,7 @@ def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
             layer = block.get_submodule("feed_forward")
             replace_forward(layer, MethodType(_recomputed_from_product, layer))
         return
-    selective = config.checkpoint == "selective"
-    count = len(layers) if selective else num_recomputed(len(layers), config.recompute_fraction)
+    selective, count = config.checkpoint == "selective", num_recomputing(len(layers), config.checkpoint)
     for block in layers[:count]:
         replace_forward(block, partial(_recomputed, block.forward, selective))
     if selective:

@@ -3,6 +3,7 @@
 import threading
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from internlm.config.schema import Config
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
+from internlm.model.feed_forward import FeedForward
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
@@ -48,12 +50,25 @@ def test_four_stages_cut_unevenly(schedule: str) -> None:
     [
         ("1f1b", ZERO3, 0.5),
         ("interleaved", ZERO2, "offload"),
-        ("zbv", ZERO3, 0.5),
+        ("zbv", ZERO3, "selective"),
         ("dualpipev", {"zero1": {"size": 1}}, 0.5),
     ],
 )
 def test_data_ranks_and_recomputation(schedule: str, parallel: dict[str, Any], checkpoint: Any) -> None:
     check(4, 2, schedule, {**parallel}, num_layers=8, checkpoint=checkpoint, tie_word_embeddings=True)
+
+
+def feed_forward_calls(rank: int, world_size: int, config: Config) -> int:
+    trainer = build_trainer(rank, world_size, config, range(1))
+    with patch.object(FeedForward, "forward", autospec=True, side_effect=FeedForward.forward) as forward:
+        list(trainer.steps())
+    return forward.call_count
+
+
+def test_a_backward_in_two_parts_recomputes_once() -> None:
+    model = {"num_layers": 4, "checkpoint": "feed_forward"}
+    config = make_config({"pipeline": {"size": 2, "schedule": "zbv"}}, model=model)
+    assert run_ranks(2, feed_forward_calls, config) == [2 * 2 * 4] * 2  # 2 blocks, 4 micro batches
 
 
 @pytest.mark.parametrize(("schedule", "mode"), [("1f1b", "mtp"), ("zbv", "msp"), ("dualpipev", "fsp")])
