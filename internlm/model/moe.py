@@ -63,7 +63,7 @@ class RowPart:
         return counts
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [tokens, ...] of all parts of the row, one after the other."""
+        """x [tokens, ...] of all parts, in the order of the row: where scores tie, the earlier token comes first."""
         return x
 
     def own(self, x: Tensor) -> Tensor:

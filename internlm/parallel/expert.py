@@ -22,6 +22,7 @@ from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, box_shape, cut
 from internlm.model.moe import MoE, RowPart, permuted
 from internlm.model.transformer import Transformer
+from internlm.parallel.zigzag import spans
 
 
 def cut_experts(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
@@ -49,19 +50,31 @@ def cut_experts(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
 
 def route_by(model: Transformer, mode: str, mesh: Mesh) -> None:
     """In mtp tensor ranks have the same tokens and each routes its part of them; else they have different ones."""
-    groups = [mesh.group(axis) for axis in ("ring", "ulysses", "tensor") if mesh.sizes[axis] > 1]
-    copies = mesh.group("tensor") if mesh.sizes["tensor"] > 1 and mode == "mtp" else None
+    row = row_part(mode, mesh)
     for moe in model.modules():
         if isinstance(moe, MoE):
-            moe.row = CutRow(groups, copies) if groups else RowPart()
+            moe.row = row
+
+
+def row_part(mode: str, mesh: Mesh) -> RowPart:
+    """How a row lies on the ranks of a mesh."""
+    ring = mesh.group("ring") if mesh.sizes["ring"] > 1 else None
+    groups = [mesh.group(axis) for axis in ("ulysses", "tensor") if mesh.sizes[axis] > 1]
+    copies = mesh.group("tensor") if mesh.sizes["tensor"] > 1 and mode == "mtp" else None
+    return CutRow(ring, groups, copies) if ring or groups else RowPart()
 
 
 class CutRow(RowPart):
-    """A row in equal parts on the ranks of some groups, outermost first. Ranks of `copies` have the same tokens."""
+    """A row between the ranks of a ring (zigzag.py), and each part of it in equal runs of tokens on the ranks of some
+    groups, outermost first. Ranks of `copies` have the same tokens."""
 
-    def __init__(self, groups: list[Group], copies: Group | None) -> None:
-        self.groups, self.copies = groups, copies
-        self.num_parts = prod(group.size() for group in groups)
+    def __init__(self, ring: Group | None, groups: list[Group], copies: Group | None) -> None:
+        self.ring, self.groups, self.copies = ring, groups, copies
+        self.num_parts = prod(group.size() for group in self._all)
+
+    @property
+    def _all(self) -> list[Group]:
+        return self.groups if self.ring is None else [self.ring, *self.groups]
 
     def enter(self, x: Tensor) -> Tensor:
         """Where the tokens don't divide (in generation), zeros make up for it, and are routed like tokens."""
@@ -75,16 +88,22 @@ class CutRow(RowPart):
         return y if self.copies is None else _AllParts.apply(y, self.copies)[:num_tokens]
 
     def sum(self, counts: Tensor) -> Tensor:
-        for group in self.groups:
+        for group in self._all:
             counts = all_reduce(counts, group).wait()
         return counts
 
     def gather(self, x: Tensor) -> Tensor:
         for group in reversed(self.groups):
             x = all_gather(x, group).wait()
-        return x
+        if self.ring is None:
+            return x
+        # of each ring rank an early and a late chunk: these in order of the row, from the first rank on and back again
+        chunks = all_gather(x, self.ring).wait().chunk(2 * self.ring.size())
+        return torch.cat((*chunks[::2], *chunks[::-2]))
 
     def own(self, x: Tensor) -> Tensor:
+        if self.ring is not None:
+            x = torch.cat([x[start:stop] for start, stop in spans(len(x), self.ring.size(), self.ring.rank())])
         for group in self.groups:
             x = x.chunk(group.size())[group.rank()]
         return x

@@ -61,7 +61,9 @@ def make_config(parallel: dict[str, Any] | None = None, **sections: Any) -> Conf
             "adam": {"lr": 1e-3, "weight_decay": 0.1, "adam_eps": ADAM_EPS},
             "lr_scheduler": {"type": "constant"},
             "hybrid_zero_optimizer": {"clip_grad_norm": 0.5, **sections.get("hybrid_zero_optimizer", {})},
-            **{key: value for key, value in sections.items() if key in ("loss", "lora", "use_fp32_norm", "grad_scaler")},
+            **{
+                key: value for key, value in sections.items() if key in ("loss", "lora", "use_fp32_norm", "grad_scaler")
+            },
         }
     )
 

@@ -15,6 +15,7 @@ from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.flops import model_flops
 from internlm.ops.attention import attention_reference
 from internlm.parallel import ring, sequence
+from internlm.parallel.expert import row_part
 from internlm.parallel.sequence import OVERLAP_FROM, SequenceAttention, own_part
 from internlm.train.metrics import StepReport
 from tests.parallel.oracle import CPU, compare, make_config
@@ -56,6 +57,9 @@ def attention_on_rank(
     for index in range(len(DOCUMENTS)):
         row, (grad, *whole) = inputs_of(index)
         part = own_part(row, mesh)
+        experts_row, places = row_part(config.parallel.tensor.mode, mesh), torch.arange(ROW)
+        assert torch.equal(experts_row.gather(part.tokens), places)  # ties between tokens are broken by their places
+        assert torch.equal(experts_row.own(places), part.tokens)
         own = [x[part.tokens].to(dtype).requires_grad_() for x in whole]
         out = checkpoint(attend, *own, part.segments, use_reentrant=False)
         out.backward(grad[part.tokens].to(dtype))
