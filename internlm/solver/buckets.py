@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 
 # Who shares a unit's parameters: dense ones the ranks that hold the same part of the model; copied ones those as well,
@@ -49,6 +50,14 @@ class UnitLayout:
     modules: tuple[str, ...]  # whose forward uses it
     trainable: bool = True  # else it has parameters only: no gradients, no optimizer states
     packed: bool = False  # held in 4 bits between uses; frozen
+
+
+def num_shards(mesh: Mesh) -> dict[Kind, int]:
+    """Into how many parts buffers of each kind are cut."""
+    dense, expert = (
+        prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)
+    )
+    return {"dense": dense, "copied": dense, "expert": expert}
 
 
 def plan_units(

@@ -29,7 +29,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from internlm.core.lanes import Lane, build_lanes
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
 from internlm.ops.adamw import adam_scalars, adamw_
-from internlm.solver.buckets import Kind, Slot, UnitLayout, plan_units
+from internlm.solver.buckets import Slot, UnitLayout, num_shards, plan_units
 from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
 from internlm.solver.materialise import materialise_buffers, materialise_parameter
@@ -95,6 +94,7 @@ class HybridZero:
         self.mesh = mesh
         self.adam = config.adam
         self.clip_grad_norm = zero.clip_grad_norm
+        self.fetches_ahead = config.parallel.weight.overlap
         self.trace = trace or _no_trace
         self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
         self.lanes = lanes or build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
@@ -208,7 +208,7 @@ class HybridZero:
                 master=unit.master,
             )
             self._gather_updates(unit)
-        self._fetch(self.units[0])  # the next forward's first
+        self._fetch_ahead(0)  # the next forward's first
 
     def _gather_updates(self, unit: Unit) -> None:
         if unit.sharded:  # together with the parameters, when they are fetched
@@ -243,8 +243,7 @@ class HybridZero:
         for index in indices:
             self._use(self.units[index])
             self.trace("forward", self.units[index].layout.name)
-        if max(indices) + 1 < len(self.units):
-            self._fetch(self.units[max(indices) + 1])
+        self._fetch_ahead(max(indices) + 1)
 
     def _after_forward(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> None:
         """With sharded parameters: drops them, and has them fetched again before the backward of this module."""
@@ -263,8 +262,12 @@ class HybridZero:
             self._drop(unit)  # frozen, so no gradient said that its backward is done
         for index in indices:
             self._use(self.units[index])
-        if min(indices) > 0:
-            self._fetch(self.units[min(indices) - 1])
+        self._fetch_ahead(min(indices) - 1)
+
+    def _fetch_ahead(self, index: int) -> None:
+        """Of the unit whose turn is next, if there is one."""
+        if self.fetches_ahead and 0 <= index < len(self.units):
+            self._fetch(self.units[index])
 
     def _fetch(self, unit: Unit) -> None:
         """Starts gathering a unit's parameters, unless they are here or on their way."""
@@ -393,14 +396,6 @@ class HybridZero:
             for kind, size in unit.memory().items():
                 total[kind] = total.get(kind, 0) + size
         return total
-
-
-def num_shards(mesh: Mesh) -> dict[Kind, int]:
-    """Into how many parts buffers of each kind are cut."""
-    dense, expert = (
-        prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)
-    )
-    return {"dense": dense, "copied": dense, "expert": expert}
 
 
 def _weakly_on_grad(engine: "weakref.ref[HybridZero]", index: int, slot: Slot, parameter: Tensor) -> None:

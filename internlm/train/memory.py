@@ -19,8 +19,7 @@ from internlm.parallel.parallelize import parallelize
 from internlm.parallel.recompute import num_recomputed
 from internlm.parallel.split import pipeline_layout
 from internlm.parallel.timetable import compute_table
-from internlm.solver.buckets import UnitLayout, plan_units
-from internlm.solver.hybrid_zero import num_shards
+from internlm.solver.buckets import UnitLayout, num_shards, plan_units
 from internlm.utils.device import torch_dtype
 
 # linear_cross_entropy works through the logits in chunks of at most so many elements on a GPU.

@@ -156,15 +156,15 @@ def test_a_step_that_is_not_finite_changes_nothing(sections: dict[str, Any], cha
         assert after == (before / 2 if sections is FP16 else 1.0)
 
 
-def run_held_back(rank: int, world_size: int, chain: Chain, overlap: bool, held: str, until: str) -> bool:
-    """Holds the transfer of the head's unit back until compute has come to an event of another unit.
+IN_STEP = {"hybrid_zero_optimizer": {"overlap_sync_grad": False, "overlap_sync_param": False}}
+NOT_AHEAD = {"weight": {"overlap": False}}
 
-    True if compute came there meanwhile; False if it stood still, waiting for the transfer.
+
+def run_held_back(rank: int, world_size: int, chain: Chain, sections: dict[str, Any], held: str, until: str) -> bool:
+    """Holds an event of one unit back, such as a transfer, until another has come, such as one of compute.
+
+    True if it came meanwhile; False if that stood still, waiting for what is held.
     """
-    sections = {
-        "model": {"num_layers": 4},
-        "hybrid_zero_optimizer": {"overlap_sync_grad": overlap, "overlap_sync_param": overlap},
-    }
     mesh = build_mesh(make_config(chain).parallel, World(rank, rank, world_size, CPU))
     reached, outcomes = threading.Event(), []
 
@@ -174,33 +174,39 @@ def run_held_back(rank: int, world_size: int, chain: Chain, overlap: bool, held:
         if f"{event} {unit}" == until:
             reached.set()
         if f"{event} {unit}" == held:
-            outcomes.append(reached.wait(2.0 if overlap else 0.1))
+            outcomes.append(reached.wait(0.1 if sections else 2.0))
 
-    model, engine = build_engine(make_config(chain, **sections), mesh, trace)
+    model, engine = build_engine(make_config(chain, **{"model": {"num_layers": 4}, **sections}), mesh, trace)
     for step in range(2):
         train_step(model, engine, mesh, step, 1)
     assert outcomes
     return outcomes[0]
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("sections", [{}, IN_STEP], ids=["overlap", "in step"])
 @pytest.mark.parametrize("chain", [(1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2)])
-def test_backward_goes_on_while_gradients_travel(chain: Chain, overlap: bool) -> None:
-    found = run_ranks(2, run_held_back, chain, overlap, "reduce.begin head", "backward layers.3")
-    assert found == [overlap, overlap]
+def test_backward_goes_on_while_gradients_travel(chain: Chain, sections: dict[str, Any]) -> None:
+    found = run_ranks(2, run_held_back, chain, sections, "reduce.begin head", "backward layers.3")
+    assert found == [not sections] * 2
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_forward_begins_while_updates_travel(overlap: bool) -> None:
-    found = run_ranks(2, run_held_back, (1, 1, 2), overlap, "gather.begin head", "forward layers.2")
-    assert found == [overlap, overlap]
+@pytest.mark.parametrize("sections", [{}, IN_STEP], ids=["overlap", "in step"])
+def test_forward_begins_while_updates_travel(sections: dict[str, Any]) -> None:
+    found = run_ranks(2, run_held_back, (1, 1, 2), sections, "gather.begin head", "forward layers.2")
+    assert found == [not sections] * 2
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("sections", [{}, IN_STEP], ids=["overlap", "in step"])
 @pytest.mark.parametrize("chain", [(2, 2, 2), (2, 2, 4)])
-def test_parameters_are_fetched_while_the_unit_before_computes(chain: Chain, overlap: bool) -> None:
-    found = run_ranks(4, run_held_back, chain, overlap, "fetch.begin layers.2", "used layers.1")
-    assert found == [overlap] * 4
+def test_parameters_are_fetched_while_the_unit_before_computes(chain: Chain, sections: dict[str, Any]) -> None:
+    found = run_ranks(4, run_held_back, chain, sections, "fetch.begin layers.2", "used layers.1")
+    assert found == [not sections] * 4
+
+
+@pytest.mark.parametrize("sections", [{}, NOT_AHEAD], ids=["ahead", "in turn"])
+def test_parameters_are_fetched_ahead_if_asked(sections: dict[str, Any]) -> None:
+    found = run_ranks(2, run_held_back, (2, 2, 2), sections, "used layers.1", "fetch.begin layers.2")
+    assert found == [not sections] * 2
 
 
 def test_gradients_of_unused_parameters_are_zero() -> None:

@@ -44,7 +44,11 @@ def make_config(chain: Chain = (1, 1, 1), clip: float = 0.0, **sections: dict[st
             "model_type": "LLAMA2",
             "model": {**model, **sections.get("model", {})},
             "data": {"seq_len": ROW_LENGTH, "total_steps": 10},
-            "parallel": {"weight": {"size": p}, "gradient": {"size": g}, "zero1": {"size": os}},
+            "parallel": {
+                "weight": {"size": p, **sections.get("weight", {})},
+                "gradient": {"size": g},
+                "zero1": {"size": os},
+            },
             "hybrid_zero_optimizer": {"clip_grad_norm": clip, **sections.get("hybrid_zero_optimizer", {})},
             "adam": {"lr": LR, "adam_beta2": BETA2, "weight_decay": 0.1, **sections.get("adam", {})},
             "grad_scaler": sections.get("grad_scaler", {}),
