@@ -115,24 +115,38 @@ def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, in
 
 def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
     """Bytes that autograd keeps of one token of a row in one block that is not recomputed, on one of `tensor` ranks."""
+    saved = around_feed_forward(model, tensor, mode) + inside_feed_forward(model) / tensor
+    if _dense_width(model):
+        return saved
+    # nothing keeps a layer's input itself, but the router its copy of it and experts their rows
+    return saved - model.hidden_size * torch_dtype(model.dtype).itemsize / (tensor if mode == "fsp" else 1)
+
+
+def around_feed_forward(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
+    """Likewise where the inside of the feed-forward layer is computed again from its input."""
     item = torch_dtype(model.dtype).itemsize
     residual = 4 if model.residual_in_fp32 else item
     hidden = model.hidden_size
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
     streams = 2 * hidden * residual  # inputs of both norms
-    feed_forward = inside_feed_forward(model)
-    normed = (2 if feed_forward else 1) * hidden * item  # inputs of wqkv and w13
+    normed = 2 * hidden * item  # inputs of wqkv and of the feed-forward layer
     attention = (query + key_value) * item  # rotated queries and keys, values
     attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
     outside = streams / (1 if mode == "mtp" else tensor) + normed / (tensor if mode == "fsp" else 1)
-    return outside + (attention + feed_forward + _routed_per_token(model, item)) / tensor
+    return outside + attention / tensor
 
 
 def inside_feed_forward(model: ModelConfig) -> int:
-    """Bytes that autograd keeps of one token inside a dense feed-forward layer or shared experts: gate, up, product."""
-    ffn = model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
-    return 3 * ffn * torch_dtype(model.dtype).itemsize
+    """Bytes that autograd keeps of one token inside a feed-forward layer: gate, up and product of the dense part, and
+    what routed experts need."""
+    item = torch_dtype(model.dtype).itemsize
+    return 3 * _dense_width(model) * item + _routed_per_token(model, item)
+
+
+def _dense_width(model: ModelConfig) -> int:
+    """Of a feed-forward layer, or the shared experts: what sees every token."""
+    return model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
 
 
 def _routed_per_token(model: ModelConfig, item: int) -> int:
@@ -152,8 +166,12 @@ def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -
     item = torch_dtype(model.dtype).itemsize
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
-    outside = model.hidden_size * ((4 if model.residual_in_fp32 else item) + 2 * item)  # block's input, wo, w2
-    inside = (2 * query + key_value + 2 * model.ffn_size) * item + model.num_attention_heads * 4
+    outside = model.hidden_size * ((4 if model.residual_in_fp32 else item) + item)  # block's input, wo
+    outside += model.hidden_size * item if _dense_width(model) else 0  # w2
+    inside = (2 * query + key_value + 2 * _dense_width(model)) * item + model.num_attention_heads * 4
+    if model.num_experts > 1:
+        inside += model.num_experts * (4 if model.moe.router_fp32 else item)  # logits
+        inside += model.moe.top_k * (2 * model.expert_size + model.hidden_size) * item  # experts' products
     return outside / (1 if mode == "mtp" else tensor) + inside / tensor
 
 
@@ -166,13 +184,13 @@ def _activations(config: Config, mesh: Mesh) -> int:
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
     selected = selected_per_token(model, tensor, mode)
 
-    inside = inside_feed_forward(model) / tensor
+    around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model) / tensor
 
     def of_chunk(num_blocks: int) -> float:
         if model.checkpoint == "feed_forward":
-            return num_blocks * (block - inside)
+            return num_blocks * around
         if model.checkpoint == "offload":
-            return num_blocks * (block - inside) + inside * 2 / 3  # the product of the last one stays
+            return num_blocks * around + inside * 2 / 3  # the product of the last one stays
         if model.checkpoint == "selective":
             return num_blocks * selected
         recomputed = num_recomputed(num_blocks, model.recompute_fraction)

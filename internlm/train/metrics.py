@@ -29,15 +29,24 @@ def step_flops(config: ModelConfig, lengths: list[int]) -> StepFlops:
     """FLOPs of forward and backward over segments of the given lengths.
 
     A recomputed block does its forward, a third of its FLOPs, once more; a recomputed feed-forward layer its first
-    product, that of gate and up.
+    product, that of gate and up. Routed experts do all of theirs: what weighs their outputs needs these in backward.
     """
     causal, full = model_flops(config, lengths)
     blocks = causal - 6.0 * config.vocab_size * config.hidden_size * sum(lengths)
     recomputed = int(config.num_layers * config.recompute_fraction) / config.num_layers
     again = recomputed * blocks / 3
     if config.checkpoint == "feed_forward":
-        again = 4.0 * config.num_layers * config.hidden_size * config.ffn_size * sum(lengths)
+        again = 2.0 * config.num_layers * config.hidden_size * _recomputed_width(config) * sum(lengths)
     return StepFlops(causal, full, causal + again)
+
+
+def _recomputed_width(config: ModelConfig) -> int:
+    """Columns of the products that are computed again inside a feed-forward layer; see `step_flops`."""
+    if config.num_experts == 1:
+        return 2 * config.ffn_size
+    shared = (3 if config.moe.mix_shared else 2) * config.moe.num_shared_experts
+    router = config.num_experts + 2 * config.moe.mix_shared
+    return (3 * config.moe.top_k + shared) * config.expert_size + router
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
 from internlm.train.memory import (
-    inside_feed_forward,
+    around_feed_forward,
     memory_per_rank,
     most_kept,
     saved_per_token,
@@ -146,12 +146,20 @@ def test_what_a_schedule_keeps(schedule, first, last):
     assert (found[0], found[-1]) == (first, last), found
 
 
-@pytest.mark.parametrize("kind", ["selective", "feed_forward", "offload"])
-def test_recomputation_against_autograd(kind):
+EXPERTS = {"num_experts": 8, "moe": {"top_k": 3, "intermediate_size": 64}}
+SHARED = {"num_experts": 8, "moe": {**EXPERTS["moe"], "num_shared_experts": 2}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, changes) for kind in ("selective", "feed_forward") for changes in ({}, EXPERTS, SHARED)]
+    + [("offload", {})],
+)
+def test_recomputation_against_autograd(kind, changes):
     """What is kept of one more block: tensors that are alive after a forward, those on the host (uint8) apart."""
     kept, on_host = [], []
     for num_layers in (1, 2):
-        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint=kind))
+        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", checkpoint=kind, **changes))
         model = Transformer(config.model)
         initialize(model, config.model, seed=0)
         recompute_blocks(model.layers, config.model)
@@ -169,7 +177,7 @@ def test_recomputation_against_autograd(kind):
     expected = selected_per_token(config.model)
     if kind != "selective":
         plain_norms = 2 * (config.model.hidden_size + 1) * 4
-        expected = saved_per_token(config.model) - inside_feed_forward(config.model) + plain_norms
+        expected = around_feed_forward(config.model) + plain_norms
     assert expected == pytest.approx(kept[1] - kept[0], rel=0.02)
     assert on_host == [0, memory_per_rank(config, 1).host]  # the last block's stays
 

@@ -14,6 +14,8 @@ from internlm.model.flops import (
     num_parameters,
 )
 from internlm.model.transformer import Transformer
+from internlm.parallel.recompute import recompute_blocks
+from internlm.train.metrics import step_flops
 from tests.model.tiny import random_batch, random_model, tiny_config
 
 SWITCHES = [
@@ -58,6 +60,12 @@ def test_equals_torch_flop_counter(options, lengths):
         model.loss(batch).loss_sum.backward()
     flops = model_flops(config, lengths)
     assert counter.get_total_flops() == flops.full
+    recomputed = random_model(config)
+    recompute_blocks(recomputed.layers, config.model_copy(update={"checkpoint": "feed_forward"}))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        recomputed.loss(batch).loss_sum.backward()
+    again = step_flops(config.model_copy(update={"checkpoint": "feed_forward"}), list(lengths))
+    assert counter.get_total_flops() - flops.full == again.hardware - again.causal
     width = config.num_attention_heads * config.head_size
     masked = 6 * config.num_layers * width * sum(length**2 for length in lengths)
     assert flops.full - flops.causal == masked
