@@ -80,6 +80,11 @@ def context(config: Config) -> Problems:
             f"{not_divided('tokens of a row on a ring rank', tokens // ring, key, ulysses)}; each rank computes as "
             f"many. Set data.seq_len to {fitting}"
         )
+    if ring > 1 and model.attn_backend != "auto":
+        yield (
+            f'model.attn_backend = "{model.attn_backend}" with parallel.context.ring = {ring}: a ring has kernels of '
+            'its own, for some of the keys at a time; set "auto", or cut rows by parallel.context.ulysses'
+        )
     heads = model.num_attention_heads // tensor
     if heads % ulysses:
         yield (

@@ -116,7 +116,8 @@ class ModelConfig(Section):
         "auto", description="torch.compile each block; auto: on a GPU, where a block does not communicate"
     )
     attn_backend: Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"] = Field(
-        "auto", description="attention kernel; auto: the fastest that applies (internlm/ops/attention.py)"
+        "auto",
+        description="attention kernel; auto: the fastest that applies (internlm/ops/attention.py); a ring has its own",
     )
     init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")
     init_type: Literal["normal", "uniform"] = Field(

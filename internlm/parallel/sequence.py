@@ -26,7 +26,7 @@ from internlm.core.mesh import Mesh
 from internlm.model.attention import Attention
 from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.model.transformer import Transformer
-from internlm.ops.attention import attention
+from internlm.ops.attention import Backend, attention
 from internlm.ops.segments import Segments
 from internlm.parallel.ring import ring_attention
 from internlm.parallel.zigzag import RingSegments, own_segments, spans
@@ -61,7 +61,7 @@ def cut_sequences(model: Transformer, mesh: Mesh) -> None:
     if mesh.sequence_size == 1:
         return
     all_reduce_(torch.zeros(1, device=mesh.device), mesh.group("ring"))  # NCCL: all ranks in a group's first transfer
-    attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"))
+    attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"), model.config.attn_backend)
     for module in model.layers.modules():
         if isinstance(module, Attention):
             module.attend = attend
@@ -79,6 +79,7 @@ class SequenceAttention:
 
     ulysses: Group
     ring: Group
+    backend: Backend = "auto"  # of attention between the exchanges; a ring has kernels of its own
     overlap_from: int = OVERLAP_FROM
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -95,7 +96,7 @@ class SequenceAttention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         if self.ring.size() == 1:
-            return attention(q, k, v, segments)
+            return attention(q, k, v, segments, self.backend)
         assert isinstance(segments, RingSegments)
         return ring_attention(q, k, v, segments, self.ring)
 

@@ -112,6 +112,12 @@ MOE: Sections = {"num_experts": 6, "moe": {"top_k": 2}}
             8,
             ("parallel.tensor.size", "= 0", "expected a number of ranks, 1 or more"),
         ),
+        (
+            {"context": {"ring": 2}},
+            {"attn_backend": "flash"},
+            8,
+            ('model.attn_backend = "flash"', "parallel.context.ring = 2", "cut rows by parallel.context.ulysses"),
+        ),
     ],
 )
 def test_refused_with_numbers(small: Sections, parallel: Sections, model: Sections, ranks: int, told: Told) -> None:
