@@ -10,12 +10,15 @@ from functools import partial
 from io import StringIO
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from rich.console import Console
 
 from internlm.config.loader import load_config
+from internlm.config.schema import ParallelConfig
+from internlm.core.mesh import MODEL_AXES, ZERO_AXES, axes_of_world, coordinates_of
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import open_tokenizer
 from internlm.parallel.zigzag import own_segments, spans
@@ -23,7 +26,19 @@ from tools.inspect_data import coloured
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "doc" / "pictures"
-COLOURS = ("#2a6fbb", "#e08a1e", "#3a9a5b", "#b8447a")  # of ranks 0 to 3
+COLOURS = ("#2a6fbb", "#e08a1e", "#3a9a5b", "#b8447a", "#6a5acd", "#8c6d31", "#178a9a", "#777777")  # of ranks
+MEANING = {
+    "pipeline": "stage of the model",
+    "data": "which rows it reads",
+    "ring": "part of a row",
+    "ulysses": "part of a row",
+    "tensor": "part of every matrix",
+    "replica": "copy of everything",
+    "optim": "shares optimizer states",
+    "grad": "shares gradients as well",
+    "param": "shares parameters as well",
+    "expert": "which experts it holds",
+}
 Cell = tuple[int, int]  # (rank, step) that computes a pair of tokens
 
 
@@ -54,6 +69,34 @@ def zigzag(lengths: tuple[int, ...]) -> str:
     shapes.append(_text(margin + edge / 2, margin + edge + 20, "full: step 0, own tokens; pale: at most one rectangle"))
     shapes.append(_text(margin + edge / 2, margin + edge + 36, "per pair of ranks, with keys received in a later step"))
     return _svg(edge + margin + 20, edge + margin + 50, shapes)
+
+
+def mesh(ranks: int, parallel: dict[str, Any]) -> str:
+    """Where each rank stands on the axes of more than one rank: those of the model, and those by which Hybrid ZeRO
+    shares dense and expert parameters out. Nodes have 8 ranks."""
+    model, dense, expert = axes_of_world(ParallelConfig.model_validate(parallel), ranks)
+    sections = [("the model", model, MODEL_AXES), ("Hybrid ZeRO of dense parameters", dense, ZERO_AXES)]
+    if expert["expert"] > 1:
+        sections.append(("experts, and Hybrid ZeRO of these", expert, ("expert", *ZERO_AXES)))
+    left, cell, height, y = 250, 30, 20, 44
+    shapes = [
+        f'<rect x="{left + node * cell}" y="8" width="{cell * 8 - 4}" height="16" fill="#ddd"/>'
+        + _text(left + (node + 4) * cell - 2, 20, f"node {node // 8}")
+        for node in range(0, ranks, 8)
+    ]
+    shapes += [_text(left + rank * cell + cell / 2 - 1, y - 6, str(rank)) for rank in range(ranks)]
+    for title, sizes, axes in sections:
+        shapes.append(_text(8, y + 16, title, "start", "bold"))
+        y += 24
+        for axis in (axis for axis in axes if sizes[axis] > 1):
+            shapes.append(_text(8, y + 14, f"{axis} {sizes[axis]}: {MEANING[axis]}", "start"))
+            for rank in range(ranks):
+                place = coordinates_of(rank, sizes)[axis]
+                x, colour = left + rank * cell, COLOURS[place % len(COLOURS)]
+                shapes.append(f'<rect x="{x}" y="{y}" width="{cell - 3}" height="{height - 2}" fill="{colour}"/>')
+                shapes.append(_text(x + cell / 2 - 1, y + 14, str(place), fill="white"))
+            y += height
+    return _svg(left + ranks * cell + 8, y + 10, shapes)
 
 
 def sample(config: str, number: int) -> str:
@@ -91,8 +134,9 @@ def _runs(pairs: dict[tuple[int, int], Cell], tokens: int) -> Iterator[tuple[int
                 yield query, run[0], run[-1] + 1, cell
 
 
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle">{text}</text>'
+def _text(x: float, y: float, text: str, anchor: str = "middle", weight: str = "", fill: str = "") -> str:
+    style = (f' font-weight="{weight}"' if weight else "") + (f' fill="{fill}"' if fill else "")
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{style}>{text}</text>'
 
 
 def _svg(width: int, height: int, shapes: list[str]) -> str:
@@ -105,6 +149,18 @@ PICTURES: dict[str, Callable[[], str]] = {
     "zigzag_whole.svg": partial(zigzag, (64,)),
     "sample.svg": partial(sample, "configs/demo_sft.py", 1),
     "zigzag_packed.svg": partial(zigzag, (9, 30, 1, 20, 4)),
+    "mesh.svg": partial(
+        mesh,
+        16,
+        {
+            "pipeline": {"size": 2},
+            "context": {"ulysses": 2},
+            "tensor": {"size": 2},
+            "weight": {"size": 2},
+            "zero1": {"size": -1},
+        },
+    ),
+    "mesh_experts.svg": partial(mesh, 16, {"tensor": {"size": 2}, "expert": {"size": 8}}),
 }
 
 

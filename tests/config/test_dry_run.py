@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +239,29 @@ def test_experts_of_a_rank():
 def test_seven_billion_parameters_take_no_memory_to_count():
     config = load_config("configs/7B_sft.py")
     assert "7,321,948,160 parameters" in report(config, 8)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(8, 60.8), (16, 49.1)])
+def test_twenty_billion_parameters_fit_as_their_config_says(ranks, expected):
+    memory = memory_per_rank(load_config("configs/20B_sft.py", ["data.train_folder=None"]), ranks)
+    assert memory.total / 2**30 == pytest.approx(expected, abs=0.1) and memory.total < 80e9
+
+
+def test_the_page_tells_what_recomputation_keeps():
+    """The table of doc/parallelism.md, in bytes a token and hidden size."""
+    page = Path(__file__).parents[2].joinpath("doc", "parallelism.md").read_text(encoding="utf-8")
+    told = {key: int(size) for key, size in re.findall(r"^\| `?([\w\".]+)`?[^|]*\| (\d+) \*h\*", page, re.MULTILINE)}
+    model = load_config(sized(hidden_size=3 * 2**10, num_attention_heads=8, mlp_ratio=8 / 3, multiple_of=1)).model
+    whole, hidden = saved_per_token(model), model.hidden_size
+    around, stream = around_feed_forward(model), 2 * hidden
+    assert told == {
+        "False": round(whole / hidden),
+        '"selective"': round(selected_per_token(model) / hidden),
+        '"feed_forward"': round(around / hidden),
+        '"offload"': round(around / hidden),
+        "0.5": round((whole + stream) / 2 / hidden),
+        "True": round(stream / hidden),
+    }
 
 
 @pytest.mark.parametrize(
