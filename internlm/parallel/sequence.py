@@ -86,13 +86,18 @@ class SequenceAttention:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] of this rank's tokens -> as q."""
         if self.ulysses.size() == 1:
             return self._attend(q, k, v, segments)
-        parts = 2 if segments.max_length >= self.overlap_from else 1
+        # Two parts of one key/value head would send it round a ring twice.
+        alone = self.ring.size() == 1 or kv_heads_of_a_rank(k, self.ulysses) > 1
+        parts = 2 if alone and segments.max_length >= self.overlap_from else 1
         leaving, returning = deque(to_heads(q, k, v, self.ulysses, parts)), []
         while leaving:
-            returning.append(to_tokens(self._attend(*leaving.popleft().wait(), segments), self.ulysses))
-        # [ranks, parts of their heads, own tokens, heads of a part, head_dim]
-        arrived = torch.stack([part.wait() for part in returning], dim=1)
-        return arrived.permute(2, 0, 1, 3, 4).flatten(1, 3)
+            queries, *brought = leaving.popleft().wait()
+            if brought:
+                k, v = brought
+            returning.append(to_tokens(self._attend(queries, k, v, segments), self.ulysses))
+        # [ranks, own tokens, heads of all parts, head_dim]
+        arrived = torch.cat([part.wait() for part in returning], dim=2)
+        return arrived.transpose(0, 1).flatten(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         if self.ring.size() == 1:
@@ -103,34 +108,41 @@ class SequenceAttention:
 
 @dataclass(frozen=True)
 class _Leaving:
-    """Some heads of q, k and v on their way."""
+    """Some heads on their way: of q, k and v, or of q alone where those of k and v come with the part before."""
 
     exchange: Exchange
-    heads: list[int]  # of q, k and v
+    heads: list[int]  # of q, or of q, k and v
 
-    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.exchange.wait().flatten(0, 1).split(self.heads, dim=1)
-        return q, k, v
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.exchange.wait().flatten(0, 1).split(self.heads, dim=1)
+
+
+def kv_heads_of_a_rank(k: Tensor, group: Group) -> int:
+    """Key/value heads that a rank computes with: one, where several ranks have query heads of the same."""
+    return k.shape[1] // gcd(k.shape[1], group.size())
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, group: Group, parts: int) -> list[_Leaving]:
     """From own tokens and all heads to the tokens of all ranks, in their order, and this rank's heads.
 
-    These come in so many parts, or all at once where key/value heads don't divide; each is one all-to-all of q, k and v
-    together. Where ranks do not divide the key/value heads, these are repeated as often as it takes for each rank to
-    get those of its query heads.
+    These come in so many parts or less, each in one all-to-all: key/value heads with the query heads that they serve,
+    or parts of the query heads where a rank has but one key/value head, which then comes with the first. Where ranks do
+    not divide the key/value heads, these are repeated as often as it takes for each rank to get those of its query
+    heads.
     """
-    ranks = group.size()
+    ranks, kv_heads = group.size(), kv_heads_of_a_rank(k, group)
     assert q.shape[1] % ranks == 0, (q.shape, ranks)
-    repeats = ranks // gcd(k.shape[1], ranks)
+    repeats = ranks * kv_heads // k.shape[1]
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    parts = parts if k.shape[1] // ranks % parts == 0 else 1
-    by_part = (x.unflatten(1, (ranks, parts, -1)).unbind(2) for x in (q, k, v))  # [tokens, ranks, heads, head_dim]
-    return [
-        _Leaving(Exchange(torch.cat(part, dim=2).transpose(0, 1), group), [x.shape[2] for x in part])
-        for part in zip(*by_part, strict=True)
-    ]
+    # [tokens, ranks, key/value heads, their query heads, head_dim]
+    queries = q.unflatten(1, (ranks, kv_heads, -1)).chunk(parts, dim=2 if kv_heads > 1 else 3)
+    sent = [[part.flatten(2, 3)] for part in queries]
+    keys_values = (x.unflatten(1, (ranks, -1)).chunk(parts, dim=2) for x in (k, v))
+    for part, *those in zip(sent, *keys_values, strict=False):
+        part += those
+    # [ranks, tokens, heads, head_dim] each
+    return [_Leaving(Exchange(torch.cat(p, dim=2).transpose(0, 1), group), [x.shape[2] for x in p]) for p in sent]
 
 
 def to_tokens(out: Tensor, group: Group) -> Exchange:

@@ -27,7 +27,7 @@ from tests.train.tiny import NamedRows, make_row, make_trainer, step_batches
 from tests.train.tiny import make_config as make_tiny_config
 
 ROW = 48  # divides by 6, 8 and 16
-LAYOUTS = [(1, 2), (1, 4), (2, 1), (4, 1), (2, 2)]  # (ring, ulysses)
+LAYOUTS = [(1, 4), (2, 1), (4, 1), (2, 2)]  # (ring, ulysses)
 # The whole row, tokens alone, and two at random
 DOCUMENTS = [(ROW,), (1,) * ROW, random_lengths(ROW, 2), random_lengths(ROW, 4), (ROW - 1, 1), (1, ROW - 1)]
 
@@ -79,8 +79,9 @@ def each_document_alone(index: int) -> tuple[Batch, list[Tensor]]:
     return row, [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
+# From documents of one token on, heads go in two parts where they can.
 @pytest.mark.parametrize(
-    ("ring_ranks", "ulysses", "overlap_from"), [*((*sizes, ROW + 1) for sizes in LAYOUTS), (2, 2, 1)]
+    ("ring_ranks", "ulysses", "overlap_from"), [(1, 2, 1), *((*sizes, ROW + 1) for sizes in LAYOUTS), (2, 2, 1)]
 )
 def test_packed_on_ranks_is_each_document_alone(ring_ranks: int, ulysses: int, overlap_from: int) -> None:
     ranks = run_ranks(ring_ranks * ulysses, attention_on_rank, ring_ranks, ulysses, torch.float64, overlap_from)
@@ -193,13 +194,13 @@ def test_keys_travel_while_attention_is_computed() -> None:
         assert ", ".join(events) == f"{forward}, |, {backward}"
 
 
-def exchanges_on_rank(rank: int, world_size: int) -> list[str]:
-    """When exchanges start and end, and attention is computed, with heads in two parts."""
+def exchanges_on_rank(rank: int, world_size: int, kv_heads: int) -> list[str]:
+    """When exchanges of so many heads start and end, and attention is computed, with heads in two parts."""
     events: list[str] = []
 
     def noted(function: Callable[..., Any], text: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            events.append(text)
+            events.append(text + (f" {args[1].shape[2]}" if text == "begin" else ""))
             return function(*args)
 
         return call
@@ -213,7 +214,7 @@ def exchanges_on_rank(rank: int, world_size: int) -> list[str]:
     model = build_model(config)
     cut_sequences(model, mesh)
     attend = replace(model.layers[0].get_submodule("attention").attend, overlap_from=1)  # type: ignore[type-var]
-    row, (grad, *whole) = row_of((ROW,), (4, 8), (4, 8), (4, 8), (4, 8))
+    row, (grad, *whole) = row_of((ROW,), (4, 8), (4, 8), (kv_heads, 8), (kv_heads, 8))
     part = own_part(row, mesh)
     q, k, v = (x[part.tokens].requires_grad_() for x in whole)
     with pytest.MonkeyPatch.context() as patch:
@@ -226,9 +227,13 @@ def exchanges_on_rank(rank: int, world_size: int) -> list[str]:
     return events
 
 
-def test_heads_travel_while_attention_of_others_is_computed() -> None:
-    """An exchange is under way whenever attention is computed; in backward, of whose attention no event tells, too."""
-    for events in run_ranks(2, exchanges_on_rank):
-        forward = "begin, begin, end, attention by sdpa, begin, end, attention by sdpa, begin, end, end"
-        backward = "begin, begin, end, begin, end, begin, end, end"
+@pytest.mark.parametrize(("kv_heads", "first", "second"), [(4, 3, 3), (1, 3, 1)])
+def test_heads_travel_while_attention_of_others_is_computed(kv_heads: int, first: int, second: int) -> None:
+    """An exchange is under way whenever attention is computed; in backward, of whose attention no event tells, too.
+    Of two query heads of a rank each is a part, with a key and a value head; one that serves both is sent once."""
+    for events in run_ranks(2, exchanges_on_rank, kv_heads):
+        forward = (
+            f"begin {first}, begin {second}, end, attention by sdpa, begin 1, end, attention by sdpa, begin 1, end, end"
+        )
+        backward = f"begin 1, begin 1, end, begin {second}, end, begin {first}, end, end"
         assert ", ".join(events) == f"{forward}, |, {backward}"
