@@ -1,7 +1,7 @@
 """Where the time of a traced step went: `python benchmarks/trace.py RUN_DIR/traces/rank0.json.gz`.
 
-Kernels are sorted into kinds by their names; idle is the time in which no kernel ran, and communication is hidden while
-another kernel runs.
+Kernels are sorted into kinds by their names; idle is the time in which no kernel ran, copies to and from the host left
+out, and communication is hidden while another kernel runs.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 # The first pattern that a kernel's name matches says its kind.
 KINDS = (
+    ("host copies", r"Memcpy (HtoD|DtoH)"),
     ("communication", r"nccl|symmetric_memory|Memcpy PtoP"),
     ("attention", r"flash|sdpa|cudnn.*(attn|fprop|bprop)|fmha|attention"),
     ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|splitK"),
@@ -61,7 +62,7 @@ def kernel_table(trace: Path) -> str:
         by_kind[_kind(kernel["name"])] += kernel["dur"] / 1000
         by_name[kernel["name"]].append(kernel["dur"] / 1000)
     span = _span(kernels)
-    by_kind["idle"] = (span - _covered(kernels)) / 1000
+    by_kind["idle"] = (span - _covered([kernel for kernel in kernels if _kind(kernel["name"]) != "host copies"])) / 1000
     total = span / 1000
     lines = [f"traced {total:.1f} ms"]
     lines += [f"  {ms:9.1f} ms {ms / total:6.1%}  {kind}" for kind, ms in sorted(by_kind.items(), key=lambda x: -x[1])]
