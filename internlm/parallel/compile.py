@@ -4,6 +4,9 @@ The engine's hooks stay outside: they run in the call of a block, the compiled c
 share one piece of compiled code, whose shapes are static: rows of a run have one length, and what differs between
 ragged rows comes as tensors (`ops/segments.py`). The first step pays 10 to 40 s, later runs find the code in torch's
 cache.
+
+Where memory is short, as `model.checkpoint` says, norms are computed again in backward rather than kept for the
+products that follow them: a pass at the speed of memory for 4 bytes a token and hidden element.
 """
 
 import logging
@@ -22,14 +25,18 @@ from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
 
+NORMS_AGAIN = ("feed_forward", "offload")  # values of model.checkpoint
+
 
 def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     """Compiles the blocks where `model.compile` says so. Whether and why is logged."""
-    problem = _why_not(config, mesh)
+    problem = why_not(config, mesh, mesh.device.type)
     if problem:
         unheard = config.model.compile is True  # what was asked for and isn't done is worth a warning
         log_once(logger, f"blocks are not compiled: {problem}", logging.WARNING if unheard else logging.INFO)
         return
+    # The compiler keeps by default what a matrix product of the backward reads.
+    torch._functorch.config.ban_recompute_materialized_backward = config.model.checkpoint not in NORMS_AGAIN
     blocks = [block for block in layers if isinstance(block, Block)]
     whole_graph = config.model.attn_backend != "flash"  # a call that can't be traced parts a block's graph in two
     # Not `torch.compile(block.forward)`: one function for all blocks is compiled once for all.
@@ -39,11 +46,12 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     log_once(logger, f"{len(blocks)} of {len(layers)} blocks are compiled (model.compile={config.model.compile!r})")
 
 
-def _why_not(config: Config, mesh: Mesh) -> str | None:
+def why_not(config: Config, mesh: Mesh, device: str) -> str | None:
+    """Why the blocks would not be compiled on a type of device; None if they would."""
     switch = config.model.compile
     if switch is False:
         return "model.compile=False"
-    if switch == "auto" and mesh.device.type != "cuda":
+    if switch == "auto" and device != "cuda":
         return 'model.compile="auto" compiles on GPUs only'
     if config.model.num_experts > 1:
         return "how many tokens an expert gets differs from row to row"

@@ -43,7 +43,7 @@ def offload_blocks(chunks: Sequence[Sequence[nn.Module]]) -> None:
             place = partial(_run, lane, block.forward, width, index == 0, index == len(blocks) - 1)
             replace_forward(block, place)
     moved = sum(len(blocks) - 1 for blocks in chunks)
-    logger.info("%d of %d blocks keep their widest activation in the host's memory", moved, sum(map(len, chunks)))
+    log_once(logger, f"{moved} of {sum(map(len, chunks))} blocks keep their widest activation in the host's memory")
 
 
 def _run(lane: "Lane", forward: Callable[..., Any], width: int, first: bool, stays: bool, *args: Any) -> Any:
@@ -177,11 +177,18 @@ class HostBuffers:
         # can be locked twice.
         pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
-        if lock and int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)):
+        if lock:
+            self._lock(buffer)
+        self._count, self._size = self._count + 1, self._size + size
+        return buffer
+
+    def _lock(self, buffer: Tensor) -> None:
+        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+        if int(runtime.cudaHostRegister(address, buffer.nbytes, 0)):
             raise UserError(
-                f'model.checkpoint = "offload": the host could not lock {size / 2**30:.2f} GiB more beside '
+                f'model.checkpoint = "offload": the host could not lock {buffer.nbytes / 2**30:.2f} GiB more beside '
                 f"{self._size / 2**30:.1f} GiB; give it more memory (ulimit -l, the container's limit), or set "
                 '"feed_forward", which computes again instead'
             )
-        self._count, self._size = self._count + 1, self._size + size
-        return buffer
+        # Before the memory goes back, which would leave the address locked for whoever gets it next.
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False

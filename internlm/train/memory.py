@@ -15,6 +15,7 @@ from internlm.core.launch import pretend
 from internlm.core.mesh import Axes, Mesh, build_mesh
 from internlm.model.transformer import build_model
 from internlm.ops.nf4 import BITS
+from internlm.parallel.compile import NORMS_AGAIN, why_not
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.recompute import num_recomputed
 from internlm.parallel.split import pipeline_layout
@@ -185,6 +186,9 @@ def _activations(config: Config, mesh: Mesh) -> int:
     selected = selected_per_token(model, tensor, mode)
 
     around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model) / tensor
+    # as on a GPU, whatever this machine is
+    if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:
+        around -= 2 * model.hidden_size * torch_dtype(model.dtype).itemsize
 
     def of_chunk(num_blocks: int) -> float:
         if model.checkpoint == "feed_forward":
