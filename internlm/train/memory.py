@@ -131,11 +131,16 @@ def around_feed_forward(model: ModelConfig, tensor: int = 1, mode: str = "mtp") 
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
     streams = 2 * hidden * residual  # inputs of both norms
-    normed = 2 * hidden * item  # inputs of wqkv and of the feed-forward layer
+    normed = normed_per_token(model)
     attention = (query + key_value) * item  # rotated queries and keys, values
     attention += query * item + model.num_attention_heads * 4  # output (input of wo) and log-sum-exp
     outside = streams / (1 if mode == "mtp" else tensor) + normed / (tensor if mode == "fsp" else 1)
     return outside + attention / tensor
+
+
+def normed_per_token(model: ModelConfig) -> int:
+    """Inputs of wqkv and of the feed-forward layer."""
+    return 2 * model.hidden_size * torch_dtype(model.dtype).itemsize
 
 
 def inside_feed_forward(model: ModelConfig) -> int:
@@ -186,9 +191,8 @@ def _activations(config: Config, mesh: Mesh) -> int:
     selected = selected_per_token(model, tensor, mode)
 
     around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model) / tensor
-    # as on a GPU, whatever this machine is
-    if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:
-        around -= 2 * model.hidden_size * torch_dtype(model.dtype).itemsize
+    if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:  # whatever this machine is
+        around -= normed_per_token(model)
 
     def of_chunk(num_blocks: int) -> float:
         if model.checkpoint == "feed_forward":
