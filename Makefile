@@ -27,8 +27,9 @@ help: ## this list
 demo: $(DEMO_STAMP) ## train, evaluate, kill, resume and export a small model on this machine
 	$(BIN)/python tools/demo.py
 
+# The tests of a file share fixtures and references, hence a process; tests/conftest.py puts the files in order.
 test: lint ## style, types and the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## style and types only
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What all tests share: thread limits, a tiny tokenizer, the `gpu` marker, who shares a process in parallel runs."""
+"""What all tests share: thread limits, a tiny tokenizer, the `gpu` marker, the order of parallel runs."""
 
 import os
 
@@ -27,13 +27,9 @@ def uses_the_pool(item: pytest.Item) -> bool:
     return any("run_ranks" in function.__globals__ for function in functions)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if uses_the_pool(item):
-            # A module's tests share one process: their references are computed once, and no process needs more than
-            # one pool.
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))  # type: ignore[attr-defined]
+    # Files that take long come first, so that at the end no process has one to itself.
+    items.sort(key=lambda item: not (uses_the_pool(item) or "house" in item.path.parts))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -89,12 +89,14 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    freeze = gc.freeze
+    gc.freeze = gc.unfreeze = lambda: None  # training would thaw everything that was imported, see below
     while True:
         try:
             rank, world_size, store, fn, args = pipe.recv()
         except EOFError:
             return
-        gc.freeze()  # what was imported by now: collecting it again after every call costs a quarter of a second
+        freeze()  # what was imported by now: collecting it again after every call costs a quarter of a second
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             try:

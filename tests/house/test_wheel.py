@@ -12,7 +12,6 @@ import pytest
 
 from tests.house.pages import ROOT, blocks
 
-pytestmark = pytest.mark.xdist_group("wheel")  # built once
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "requirements", "internlm")
 
 
