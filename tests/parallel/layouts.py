@@ -34,24 +34,25 @@ def experts(size: int) -> dict[str, Any]:
 
 
 FOUR: dict[str, Any] = {"model": {"num_layers": 4}}  # blocks, for two stages with two chunks each
+TIED: dict[str, Any] = {"model": {**FOUR["model"], "tie_word_embeddings": True}}
 CHUNKS = {"model": {"num_chunks": 2}}
 MOE: dict[str, Any] = {
     "model": {"num_experts": 8, "moe": {"top_k": 2, "bias_rate": 0.01}},
     "loss": {"moe_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01},
 }
 
-# Kinds of layouts of a dense model and of one with experts.
+# Kinds of layouts of a dense model, whose embedding a pipeline has at both ends, and of one with experts.
 DENSE: dict[str, Layout] = {
-    "one": Layout(1, {}, FOUR),
-    "zero1": Layout(4, zero(1, 1, 4), FOUR),
-    "pp2": Layout(2, pipeline(2), FOUR),
-    "zero3": Layout(4, zero(4, 4, 4), FOUR),
-    "mtp2": Layout(2, tensor(2), FOUR),
-    "hfsdp": Layout(4, zero(2, 2, 4), FOUR),
-    "ulysses4": Layout(4, context(ulysses=4), FOUR),
-    "zbv-ddp": Layout(4, pipeline(2, "zbv"), FOUR),
-    "fsp2-zero3": Layout(4, {**tensor(2, "fsp"), **zero(2, 2, 2)}, FOUR),
-    "ring2-msp2": Layout(4, {**context(ring=2), **tensor(2, "msp")}, FOUR),
+    "one": Layout(1, {}, TIED),
+    "zero1": Layout(4, zero(1, 1, 4), TIED),
+    "pp2-interleaved": Layout(2, pipeline(2, "interleaved"), {"model": {**TIED["model"], **CHUNKS["model"]}}),
+    "zero3": Layout(4, zero(4, 4, 4), TIED),
+    "mtp2": Layout(2, tensor(2), TIED),
+    "hfsdp": Layout(4, zero(2, 2, 4), TIED),
+    "ring2-ulysses2": Layout(4, context(2, 2), TIED),
+    "zbv-ddp": Layout(4, pipeline(2, "zbv"), TIED),
+    "fsp2-zero3": Layout(4, {**tensor(2, "fsp"), **zero(2, 2, 2)}, TIED),
+    "ring2-msp2": Layout(4, {**context(ring=2), **tensor(2, "msp")}, TIED),
 }
 EXPERTS: dict[str, Layout] = {
     "moe-one": Layout(1, {}, MOE),

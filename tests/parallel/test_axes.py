@@ -6,13 +6,13 @@ import pytest
 
 from tests.parallel.oracle import compare
 
-ZERO: list[dict[str, Any]] = [
-    {"zero1": {"size": 1}},
-    {"zero1": {"size": 2}, "gradient": {"size": 2}},
-    {"weight": {"size": 2}, "gradient": {"size": 2}, "zero1": {"size": 2}},
+ZERO: list[tuple[int, dict[str, Any]]] = [
+    (2, {"zero1": {"size": 1}}),
+    (4, {"zero1": {"size": 4}, "gradient": {"size": 2}}),
+    (2, {"weight": {"size": 2}, "gradient": {"size": 2}, "zero1": {"size": 2}}),
 ]
 
 
-@pytest.mark.parametrize("parallel", ZERO)
-def test_data_ranks(parallel: dict[str, Any]) -> None:
-    compare(2, parallel)
+@pytest.mark.parametrize(("world_size", "parallel"), ZERO)
+def test_data_ranks(world_size: int, parallel: dict[str, Any]) -> None:
+    compare(world_size, parallel)

@@ -116,7 +116,9 @@ def test_sixteen_bits() -> None:
 TRAINED: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2, "overlap": True}}, {"checkpoint": True}),
     (4, {"context": {"ulysses": 4}, "zero1": {"size": 2}}, {"num_kv_attention_heads": 2}),
-    (2, {"context": {"ring": 2}}, {"qk_norm": True}),
+    (4, {"context": {"ring": 2}, "zero1": {"size": 2}}, {"qk_norm": True, "checkpoint": "feed_forward"}),
+    (4, {"context": {"ulysses": 2}, "weight": {"size": 2}}, {"checkpoint": "selective"}),
+    (4, {"context": {"ulysses": 2}, "pipeline": {"size": 2}}, {"checkpoint": "selective"}),
     (4, {"context": {"ring": 4}, "weight": {"size": 2}, "gradient": {"size": 4}}, {"checkpoint": True}),
     (4, {"context": {"ring": 2, "ulysses": 2}, "zero1": {"size": 1}}, {"num_kv_attention_heads": 1}),
     (4, {"context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "msp"}}, {"checkpoint": 0.5}),
