@@ -1,11 +1,15 @@
 """Contradictions between keys, with the arithmetic."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
+from internlm.config import checks, layout
 from internlm.config.checks import ConfigError, check, find_problems
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
-from tests.config.told import assert_told
+from tests.config.told import ASKS, assert_told, last_clause
 
 
 def parallel(small, weight: int, gradient: int, zero1: int) -> Config:
@@ -248,3 +252,12 @@ WHOLE_HEADS = "to one of 1, 2, 4, and cut rows further by parallel.context.ring"
 def test_rows_that_cannot_be_cut(small, parallel, told):
     data = {**small["data"], "seq_len": 16, "micro_bsz": 1}
     assert_told(find_problems(Config.model_validate({**small, "data": data, "parallel": parallel})), told)
+
+
+@pytest.mark.parametrize("module", [checks, layout])
+def test_every_refusal_ends_with_what_to_do(module):
+    """Also those that no table has a row for."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    refusals = [ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Yield) and node.value]
+    assert len(refusals) > 10
+    assert [text for text in refusals if not ASKS.search(last_clause(text)) and not text.endswith("{fix}'")] == []

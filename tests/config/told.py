@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 ASKS = re.compile(
-    r"\b(set|raise|lower|change|give|name|start|write|choose|leave|keep|turn|expected|must|let)\b", re.IGNORECASE
+    r"(?<!not )\b(set|raise|lower|change|give|name|start|write|choose|leave|keep|turn|expected|must|let)\b",
+    re.IGNORECASE,
 )
 Told = tuple[str, str, str]  # key, numbers, and the fix, with which the message ends
 
@@ -15,4 +16,8 @@ def assert_told(problems: Sequence[str], told: Told) -> None:
     assert key and numbers and fix, told
     telling = [one for one in problems if key in one and one.endswith(fix) and numbers in one.removesuffix(fix)]
     assert telling, (told, problems)
-    assert ASKS.search(re.split(r"[;:.] ", telling[0])[-1]), telling
+    assert ASKS.search(last_clause(telling[0])), telling
+
+
+def last_clause(problem: str) -> str:
+    return re.split(r"[;:.] ", problem)[-1]
