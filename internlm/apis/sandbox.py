@@ -1,8 +1,12 @@
-"""Code that a model wrote, run in a child process with limits on time, memory and output.
+"""Code that a model wrote, run in a child process with limits on time, memory, processes and output.
 
 Limits, not a jail: the child is a process of this user without its environment variables, in an empty folder that is
 removed afterwards; it can read this user's files and reach the network. Where that matters, run the whole program in
 a container. So nothing here happens unless a user asks for it.
+
+Between this program and the code stands a supervisor. On Linux it adopts whatever the code leaves behind
+(PR_SET_CHILD_SUBREAPER), in sessions of its own too, and ends it with the code. Code that is out to harm can end the
+supervisor first.
 """
 
 import os
@@ -15,20 +19,81 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT_LIMIT = 64 * 1024  # bytes of stdout and of stderr, each
+PROCESSES = 64  # processes and threads beside those that the user has
+PATIENCE = 5  # seconds that the supervisor may take to end everything
 
-# Runs in the child before the code: limits that can't be lifted again, then the code as the main program.
+# Runs in the child. Its fork sets limits that can't be lifted again and becomes the code as the main program; the child
+# itself supervises that, and ends as it ended, or by SIGXCPU where time was up.
 _START = """
-import resource, sys
-seconds, memory, output = map(int, sys.argv[1:4])
+import ctypes, os, resource, signal, sys, time
+seconds, memory, output, processes, patience = map(int, sys.argv[1:6])
+code = sys.stdin.read()
+
 def limit(what, value):
     hard = resource.getrlimit(what)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(what, (value, value))
+
+def tasks_of_user():
+    count = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            count += len(os.listdir(f"/proc/{pid}/task")) if os.stat(f"/proc/{pid}").st_uid == os.getuid() else 0
+        except OSError:
+            pass
+    return count
+
+def children():
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                parent = file.read().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == os.getpid():
+            found.append(int(pid))
+    return found
+
+def wait(main):
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        signal.sigtimedwait({signal.SIGCHLD}, left)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == main:
+                return ended[1]
+    return signal.SIGXCPU
+
+def end_all():
+    end = time.monotonic() + patience
+    while time.monotonic() < end:  # who loses its parent by this becomes a child
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
 limit(resource.RLIMIT_CORE, 0)
+on_linux = sys.platform == "linux"
+if on_linux:
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+main = os.fork()
+if main:
+    status = wait(main)
+    if on_linux:
+        end_all()
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+if on_linux:
+    limit(resource.RLIMIT_NPROC, tasks_of_user() + processes)
 limit(resource.RLIMIT_CPU, seconds)
 limit(resource.RLIMIT_AS, memory)
 limit(resource.RLIMIT_FSIZE, output)
-code = sys.stdin.read()
 sys.argv = ["code"]
 exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 """
@@ -45,14 +110,13 @@ class Result:
 def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
     """Run `code` with at most `seconds` of time (and of processor) and `memory_mb` of address space.
 
-    Processes that it started are ended with it, but for those that left its process group (setsid). Output beyond
-    64 KB is an error in the code.
+    Processes that it started are ended with it. Output beyond 64 KB is an error in the code.
     """
     with tempfile.TemporaryDirectory(prefix="internlm-code-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         work = Path(folder, "work")
         work.mkdir()
-        limits = (str(seconds), str(memory_mb << 20), str(OUTPUT_LIMIT))
+        limits = map(str, (seconds, memory_mb << 20, OUTPUT_LIMIT, PROCESSES, PATIENCE))
         with out.open("wb") as stdout, err.open("wb") as stderr:
             child = subprocess.Popen(
                 [sys.executable, "-I", "-c", _START, *limits],
@@ -64,7 +128,7 @@ def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
                 start_new_session=True,
             )
             try:
-                child.communicate(code.encode(errors="replace"), timeout=seconds)
+                child.communicate(code.encode(errors="replace"), timeout=seconds + 2 * PATIENCE)
                 late = False
             except subprocess.TimeoutExpired:
                 late = True
@@ -75,7 +139,7 @@ def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """Ends the child and all of its process group, and waits for the child."""
+    """Ends what is left of the supervisor's process group, and waits for it."""
     with suppress(ProcessLookupError):  # the group is gone already
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

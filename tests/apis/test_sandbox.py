@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from internlm.apis.chat import ChatModel
-from internlm.apis.sandbox import run_python
+from internlm.apis.sandbox import PROCESSES, run_python
 from tools import pal_inference
 from tools.pal_inference import EXAMPLES, main, program_of, prompt_of, questions_of, solve
 
@@ -21,15 +21,39 @@ def test_output_and_errors() -> None:
     assert run_python("import os; os._exit(3)").error == "ended with code 3"
 
 
-def test_time_is_limited_and_children_end_too(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    grandchild = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
-    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\ntime.sleep(60)"
+DAEMON = """
+import os, time
+first = os.fork()
+if first == 0:
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        open("up", "w").close()
+        time.sleep(60)
+    os._exit(0)
+os.waitpid(first, 0)
+while not os.path.exists("up"):
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("more", "error"), [("", None), ("time.sleep(60)", "ended after 1 s")])
+def test_time_is_limited_and_no_process_outlives_the_code(more: str, error: str | None) -> None:
+    """Not one in a session of its own either, whose parent is gone."""
     start = time.monotonic()
-    assert run_python(code, seconds=1).error == "ended after 1 s"
-    assert time.monotonic() - start < 10
-    time.sleep(2.5)
-    assert not mark.exists()
+    result = run_python(DAEMON + more, seconds=1)
+    assert result.error == error and time.monotonic() - start < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(result.output), 0)
+
+
+def test_processes_are_limited() -> None:
+    code = "import resource; print(*resource.getrlimit(resource.RLIMIT_NPROC))"
+    soft, hard = map(int, run_python(code).output.split())
+    assert PROCESSES < soft == hard < PROCESSES + 10_000
+    many = "import os\nfor _ in range(500):\n    if os.fork() == 0:\n        import time; time.sleep(60)"
+    if os.geteuid():  # the system lets root have as many as it likes
+        assert "BlockingIOError" in (run_python(many, seconds=20).error or "")
 
 
 def test_memory_and_output_are_limited() -> None:
