@@ -14,6 +14,7 @@ from internlm.checkpoint.commit import Save, commit, open_folder, write_rank
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.shards import key_of
 from internlm.checkpoint.storage import Storage
+from internlm.data.chat_template import BUILT_IN
 from internlm.model.transformer import Transformer
 from tests.checkpoint.fake import full
 from tests.checkpoint.hf_models import named, tiny_run
@@ -21,10 +22,12 @@ from tests.model.tiny import random_batch
 from tools.convert2hf import main
 
 
-def write_checkpoint(folder: Path, case: str, step: int = 1, **options: object) -> Transformer:
+def write_checkpoint(
+    folder: Path, case: str, step: int = 1, data: dict[str, str] | None = None, **options: object
+) -> Transformer:
     """A checkpoint of two ranks, each of which holds a part of every parameter, by the house's own writer."""
     config, model = tiny_run(case, **options)
-    config = config.model_copy(update={"seed": step})
+    config = config.model_copy(update={"seed": step, "data": config.data.model_copy(update=data or {})})
     storage, token = Storage(str(folder)), f"token{step}"
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     metadata = {"token": token, "step": str(step), "shapes": json.dumps(shapes)}
@@ -122,6 +125,30 @@ def test_mistakes_end_with_code_2_and_a_line(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
     assert (tmp_path / "ckpt" / "1" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], "chatml"), (["--chat_template", "internlm2"], "internlm2"), (["--chat_template", "none"], None)],
+)
+def test_an_export_has_the_template_of_the_run(
+    options: list[str], expected: str | None, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    data = {"type": "chat", "chat_template": "chatml", "tokenizer_path": str(tiny_tokenizer)}
+    write_checkpoint(tmp_path / "ckpt", "internlm", data=data, vocab_size=512)
+    assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "hf"), *options]) == 0
+    found = tmp_path / "hf" / "chat_template.jinja"
+    assert (found.read_text() if found.exists() else None) == (expected and BUILT_IN[expected].plain_source)
+
+
+def test_a_template_that_is_gone_is_named(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"type": "chat", "chat_template": str(tmp_path / "gone.jinja"), "tokenizer_path": str(tiny_tokenizer)}
+    write_checkpoint(tmp_path / "ckpt", "internlm", data=data, vocab_size=512)
+    assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "hf")]) == 2
+    error = capsys.readouterr().err
+    assert "the run's own chat template" in error and "gone.jinja" in error and "--chat_template none" in error
 
 
 def test_an_export_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face folders become checkpoints of ours, or of 2023 as the generator of those writes them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from internlm.apis.generate import load_model
 from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.storage import Storage
 from tests.checkpoint import folders_2023 as old
+from tests.checkpoint.fake import full
 from tests.checkpoint.test_legacy import of_transformers
 from tests.model.tiny import random_batch
+from tests.utils.holder import held
 from tools.convert_from_hf import main
 
 SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -86,6 +90,27 @@ def test_mistakes(options: list[str], message: str, tmp_path: Path, capsys: pyte
     error = capsys.readouterr().err
     assert any(part in error for part in message.split("|"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--format", "2023"]])
+def test_a_full_disk_leaves_nothing(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    monkeypatch.setattr(Storage, "writer", full)
+    assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"out.*/model.*can't be written: .* No space left on device", error), error
+    assert [path.name for path in tmp_path.rglob("out*/*")] in ([], [".lock"])
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf", "out"}
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out"):
+        assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out")]) == 2
+    assert f"target folder = '{tmp_path / 'out'}' is in use by process" in capsys.readouterr().err
 
 
 MEASURE = """

@@ -202,7 +202,7 @@ def test_the_converter_takes_such_a_folder(tmp_path: Path, capsys: pytest.Captur
     square = old.random_weights(old.V02, ffn=old.HIDDEN)
     old.write(tmp_path / "square", old.V02, square)
     assert main(["--src", str(tmp_path / "square"), "--tgt", str(tmp_path / "out")]) == 2
-    assert "--version 1" in capsys.readouterr().err
+    assert "--version 1 (w3) or --version 2 (w2), and train on what that writes" in capsys.readouterr().err
     assert main(["--src", str(tmp_path / "square"), "--tgt", str(tmp_path / "out"), "--version", "1"]) == 0
 
 

@@ -92,5 +92,6 @@ def _mlp_names(
     raise UserError(
         f"{path}: w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])} have shapes that don't tell which is the output "
         "of the feed-forward layer. It is w3 in InternLM 0.1 to 0.2.1 and InternEvo up to 0.2.3, w2 from InternEvo "
-        "0.3.0 on: convert the folder with tools/convert2hf.py --version 1 (w3) or --version 2 (w2)"
+        "0.3.0 on: convert the folder with tools/convert2hf.py --version 1 (w3) or --version 2 (w2), and train on what "
+        'that writes, with ckpt.load_ckpt_info.path and ckpt.load_ckpt_info.ckpt_type = "hf"'
     )
