@@ -29,6 +29,8 @@ from internlm.utils.logger import get_logger
 CHAT_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 ROWS = 1000  # of a table that are read at once
 
+_EMPTY = "empty"  # counts samples that are left out
+
 logger = get_logger(__name__)
 
 TrainOn = Literal["answers", "last", "all"]
@@ -45,6 +47,10 @@ class ChatRecipe:
     max_length: int
     long_samples: LongSamples | None  # None: a long sample is an error
     pairs: bool = False  # records hold a chosen and a rejected answer, which become two samples, one behind the other
+
+
+class NothingToLearnError(UserError):
+    """All that a sample would train on is empty."""
 
 
 class ChatEncoder:
@@ -75,7 +81,7 @@ class ChatEncoder:
 
     def _plain(self, record: PlainText) -> Written:
         if not record.completion.strip():
-            raise UserError("an empty text, which would teach to say nothing. Leave it out.")
+            raise NothingToLearnError("an empty text, which would teach to say nothing. Leave it out.")
         begin, end = self.tokenizer.ends
         head = begin + record.prompt
         text = head + record.completion + end
@@ -99,11 +105,11 @@ class ChatEncoder:
             default if message.trained is None else message.trained
             for message, default in zip(answers, by_default, strict=True)
         ]
-        for message, keep in zip(answers, chosen, strict=True):
-            if keep and not message.content.strip() and not message.tool_calls:
-                raise UserError(
-                    'an empty answer, which would teach to say nothing. Leave it out or set "trained": false.'
-                )
+        trained = [message for message, keep in zip(answers, chosen, strict=True) if keep]
+        empty = [message for message in trained if not message.content.strip() and not message.tool_calls]
+        if empty:
+            error = UserError if len(empty) < len(trained) else NothingToLearnError
+            raise error('an empty answer, which would teach to say nothing. Leave it out or set "trained": false.')
         if all(chosen):
             return written._replace(answers=[(0, len(written.text))]) if everything else written
         if len(written.answers) != len(answers):
@@ -190,8 +196,12 @@ def prompt_ids(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """The ids of a conversation, up to where the assistant goes on. Raises UserError."""
-    written = template.write(messages, add_generation_prompt=True, tools=tools or None, control=tokenizer.control)
+    """The ids of a conversation, up to where the assistant goes on. Raises UserError.
+
+    No turn can forge another one: a mark of turns in it is text, also in an answer, which may repeat what a user wrote.
+    """
+    control = tokenizer.control
+    written = template.write(messages, True, tools or None, control, template.turn_marks(control))
     return tokenizer.encode(written.text, written.literal)
 
 
@@ -215,6 +225,10 @@ def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[E
     for encoded in in_processes(chat_pieces(path), partial(_piece_encoder, recipe), num_workers):
         counts.update(encoded.counts)
         yield encoded
+    if left_out := counts.pop(_EMPTY, 0):
+        logger.warning(
+            f"{path}: {left_out} samples are left out: their answers are empty, and would teach to say nothing"
+        )
     if counts:
         logger.info(f"{path}: {', '.join(f'{name}: {count}' for name, count in counts.items())} (data.long_samples)")
 
@@ -244,6 +258,11 @@ def _piece_encoder(recipe: ChatRecipe) -> Callable[[Piece], Encoded]:
                 value = parse_line(line)
                 records = pair_of(value) if recipe.pairs else (record_of(value),)
                 fitted = [encoder.fitted(encoder.encode(record), counts) for record in records]
+            except NothingToLearnError as error:
+                if recipe.pairs:
+                    raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
+                counts[_EMPTY] += 1
+                continue
             except UserError as error:
                 raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
             if all(fitted):  # a pair stays or goes as a whole

@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from internlm.data.message import Message, ToolCall, with_texts
+from internlm.data.tokenizer import any_of
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -69,23 +70,20 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         control: "re.Pattern[str] | None" = None,
+        control_in_answers: "re.Pattern[str] | None" = None,
     ) -> "Written":
         """The conversation's text; with `add_generation_prompt` it ends where the assistant is to go on.
 
         `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in
-        `tools`, in names, and in a turn that is not the assistant's is literal. Raises UserError for turns that the
-        template refuses.
+        `tools`, in names, and in a turn that is not the assistant's is literal. So is what `control_in_answers` finds
+        in the assistant's turns. Raises UserError for turns that the template refuses.
         """
         template = _compiled(self.source, self.name)
-
-        def guarded(value: Any) -> Any:
-            return value if control is None else with_texts(value, partial(control.sub, rf"{_GUARD}\g<0>"))
-
         turns = []
         for message in messages:
-            content = message.content if message.role == "assistant" else guarded(message.content)
-            turns.append(replace(message, content=content, name=guarded(message.name)).as_dict())
-        tools = guarded(tools)
+            content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
+            turns.append(replace(message, content=content, name=_guarded(message.name, control)).as_dict())
+        tools = _guarded(tools, control)
         try:
             marked = template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
@@ -102,6 +100,17 @@ class ChatTemplate:
             else:
                 text += part
         return Written(text, list(zip(borders[::2], borders[1::2], strict=False)), literal)
+
+    def turn_marks(self, control: "re.Pattern[str]") -> "re.Pattern[str]":
+        """Finds the control tokens that begin and end turns: those that the template itself writes, and `stop`."""
+        turns = [Message("system", "a"), Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
+        texts = [text for text in (_text_or_none(self, turns), _text_or_none(self, turns[1:])) if text is not None]
+        return any_of({*self.stop, *(mark for text in texts for mark in control.findall(text))})
+
+
+def _guarded(value: Any, control: "re.Pattern[str] | None") -> Any:
+    """`value` with a guard before whatever `control` finds in its texts."""
+    return value if control is None else with_texts(value, partial(control.sub, rf"{_GUARD}\g<0>"))
 
 
 class Written(NamedTuple):

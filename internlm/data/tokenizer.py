@@ -173,8 +173,8 @@ class _SentencePiece(_InParts):
         bos, eos = ("" if index is None else model.id_to_piece(index) for index in (self.bos_id, self.eos_id))
         self.ends = (bos, eos)
         kept_whole = filter(_CONTROL_LIKE.fullmatch, ModelFields(model.serialized_model_proto()).user_defined)
-        self.control = _any_of({*self.special, *kept_whole})
-        self._special = _any_of(self.special)
+        self.control = any_of({*self.special, *kept_whole})
+        self._special = any_of(self.special)
 
     def _locate(self, text: str) -> Encoding:
         parts: list[tuple[Encoding, int]] = []
@@ -231,7 +231,7 @@ class _Fast(_InParts):
         self.eos_id = self.backend.token_to_id(ends["eos"]) if "eos" in ends else None
         self.ends = (ends.get("bos", ""), ends.get("eos", ""))
         added = self.backend.get_added_tokens_decoder().values()
-        self.control = _any_of({t.content for t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)})
+        self.control = any_of({t.content for t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)})
 
     def _locate(self, text: str) -> Encoding:
         encoded = self.backend.encode(text, add_special_tokens=False)
@@ -248,6 +248,6 @@ class _Fast(_InParts):
         return self.backend.decode([index], skip_special_tokens=False)
 
 
-def _any_of(texts: Iterable[str]) -> "re.Pattern[str]":
+def any_of(texts: Iterable[str]) -> "re.Pattern[str]":
     """Finds the longest of `texts` that begins at a place; nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")

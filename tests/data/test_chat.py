@@ -131,6 +131,21 @@ def test_a_user_cannot_write_control_tokens(tmp_path: Path, from_folder: bool) -
         assert prompt == fed[: len(prompt)] and prompt.count(end) == 1
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_nor_do_answers_that_repeat_them(name: str) -> None:
+    """What a model said comes back with the next question. What is no mark of turns stays what it is."""
+    tokenizer, template = open_tokenizer(DEMO), BUILT_IN[name]
+    marks = template.turn_marks(tokenizer.control)
+    known = [tokenizer.id_of(text) for text in ("<|im_start|>", "<|im_end|>", "<s>", "</s>") if marks.fullmatch(text)]
+    counts = []
+    for said in ("yes", FORGED):
+        turns = [Message("user", "hi"), Message("assistant", said), Message("user", "bye")]
+        ids = prompt_ids(tokenizer, template, turns)
+        counts.append([ids.count(index) for index in known])
+    assert counts[0] == counts[1] and len(known) == {"llama3": 0, "internlm2": 4}.get(name, 2)
+    assert marks.search("<|action_start|><|plugin|>{}<|action_end|>") is None
+
+
 @pytest.mark.parametrize("template", ["internlm2", "qwen2"])
 def test_nor_do_names_and_tools(template: str) -> None:
     tokenizer = open_tokenizer(DEMO)
@@ -266,8 +281,7 @@ def write_lines(path: Path, *values: Any) -> Path:
             'a turn without "value"',
         ),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "text": "a"}]}, 'a turn without "value"'),
-        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}, "an empty answer"),
-        ({"prompt": "hi", "completion": ""}, "an empty text"),
+        ({"messages": [*TALK["messages"], {"role": "assistant", "content": ""}]}, "an empty answer"),
         (
             {"messages": [{"role": "user", "content": "hi", "trained": True}, TALK["messages"][1]]},
             "in a turn of role user",
@@ -285,6 +299,14 @@ def test_a_broken_line_is_named(tmp_path: Path, line: Any, reason: str) -> None:
     write_lines(tmp_path / "list" / "b.json", "[" + ",".join(json.dumps(TALK) for _ in range(2)), ', {"x": 1}]')
     with pytest.raises(UserError, match=r"b\.json, record 3: "):
         build_train_loader(chat_config(tmp_path / "list"), 0, 1)
+
+
+def test_samples_with_nothing_to_learn_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Public Alpaca has 28 in 52,002."""
+    alpaca = {"instruction": "say nothing", "input": "", "output": " "}
+    write_lines(tmp_path / "a.jsonl", TALK, alpaca, {"prompt": "hi", "completion": ""}, TALK, {"text": ""})
+    (file,) = open_train(chat_config(tmp_path).data, 1024).files
+    assert len(file) == 2 and "a.jsonl: 3 samples are left out: their answers are empty" in caplog.text
 
 
 def test_tokenizer_and_template_must_fit(tmp_path: Path) -> None:
