@@ -83,11 +83,9 @@ class ChatTemplate:
         for message in messages:
             content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
             turns.append(replace(message, content=content, name=_guarded(message.name, control)).as_dict())
-        tools = _guarded(tools, control)
+        said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
         try:
-            marked = template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
-            )
+            marked = template.render(said, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(f"chat template {self.name}: {error}") from error
         text = ""
@@ -103,9 +101,9 @@ class ChatTemplate:
 
     def turn_marks(self, control: "re.Pattern[str]") -> "re.Pattern[str]":
         """Finds the control tokens that begin and end turns: those that the template itself writes, and `stop`."""
-        turns = [Message("system", "a"), Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
-        texts = [text for text in (_text_or_none(self, turns), _text_or_none(self, turns[1:])) if text is not None]
-        return any_of({*self.stop, *(mark for text in texts for mark in control.findall(text))})
+        turns = [Message(role, "a") for role in ("system", "user", "assistant", "user")]
+        texts = (_text_or_none(self, turns) or "", _text_or_none(self, turns[1:]) or "")
+        return any_of({*self.stop, *control.findall("\n".join(texts))})
 
 
 def _guarded(value: Any, control: "re.Pattern[str] | None") -> Any:
