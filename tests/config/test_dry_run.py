@@ -116,6 +116,7 @@ def test_saved_activations_against_autograd(changes):
         del loss
     # The plain RMSNorm of CPUs also keeps its normalised input and 1 / rms; the formula is for the fused one of GPUs.
     plain_norms = 2 * (config.model.hidden_size + 1) * 4
+    assert saved_per_token(config.model, 4, "fsp") == saved_per_token(config.model) / 4
     assert saved_per_token(config.model) + plain_norms == pytest.approx(saved[1] - saved[0], rel=0.02)
 
 

@@ -49,7 +49,7 @@ def test_two_ranks(model: dict[str, Any]) -> None:
         (4, {"expert": {"size": 2}, "pipeline": {"size": 2}}, "all"),
         (4, {"expert": {"size": 2}, "pipeline": {"size": 2, "schedule": "zbv"}}, "all"),
         (2, {"pipeline": {"size": 2, "schedule": "dualpipev"}}, "dropless"),
-        (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}, "dropless"),
+        (4, {"expert": {"size": 2}, "context": {"ulysses": 2}, "tensor": {"size": 2, "mode": "mtp"}}, "all"),
     ],
     ids=str,
 )

@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
-from internlm.parallel.split import PipelineLayout, balanced_split, build_layout, even_split
+from internlm.parallel.split import PipelineLayout, balanced_split, build_layout, even_split, pipeline_layout
 from internlm.parallel.timetable import compute_table, forward_table, with_transfers
+from tests.parallel.oracle import make_config
 from tools.draw_schedules import idle_share, picture, spans
 
 CASES = [
@@ -102,6 +103,12 @@ def test_balanced_split_has_the_fastest_slowest_chunk(head: float) -> None:
         all_splits = product(range(1, num_layers), repeat=num_chunks)
         best = min(max(*s[:-1], s[-1] + head) for s in all_splits if sum(s) == num_layers)
         assert max(*split[:-1], split[-1] + head) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("vocab_size", "blocks"), [(64, [4, 4]), (4096, [7, 1])])
+def test_a_split_by_flops_counts_the_head(vocab_size: int, blocks: list[int]) -> None:
+    config = make_config({"pipeline": {"size": 2, "split": "flops"}}, model={"num_layers": 8, "vocab_size": vocab_size})
+    assert [len(layers) for layers in pipeline_layout(config).layers] == blocks
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv", "dualpipev"])

@@ -102,8 +102,9 @@ def test_label_smoothing_is_part_of_the_loss_and_not_of_the_perplexity() -> None
 
 
 def overflow(rank: int, world_size: int) -> dict[str, Any]:
-    """Token 0 has an infinite embedding; only the second batch reads it."""
-    config = make_config(lr_scheduler={"warmup_ratio": 1.0}, adam={"weight_decay": 0.0})
+    """Token 0 has an infinite embedding; only the second batch reads it. Biases of routers are no parameters."""
+    model = {"num_experts": 4, "moe": {"top_k": 2, "bias_rate": 0.01}}
+    config = make_config(lr_scheduler={"warmup_ratio": 1.0}, adam={"weight_decay": 0.0}, model=model)
     rows = [make_row(seed, (8,), 8, low=1) for seed in range(3)]
     rows[1].tokens[3] = 0
 
@@ -120,7 +121,8 @@ def overflow(rank: int, world_size: int) -> dict[str, Any]:
     logging.getLogger("internlm.train").addHandler(handler)
     for report in trainer.steps():
         seen["reports"].append(report)
-        seen["weights"].append({k: v.clone() for k, v in parameters_of(trainer).items()})
+        values = {**parameters_of(trainer), **trainer.optimizer.buffers}
+        seen["weights"].append({k: v.clone() for k, v in values.items()})
         seen["states"].append(trainer.state.state_dict())
     logging.getLogger("internlm.train").removeHandler(handler)
     return seen
@@ -132,7 +134,8 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     assert (first.updated, second.updated, third.updated) == (True, False, True)
     before, after, later = seen["weights"]
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(after[name], later[name]) for name in after)
+    for kind in ("weight", "router.bias"):
+        assert any(not torch.equal(after[name], later[name]) for name in after if name.endswith(kind))
     assert (second.step, second.step_count, second.inf_nan_skip_batches) == (2, 1, 1)
     assert [r.lr for r in seen["reports"]] == pytest.approx([LR / 10, LR * 2 / 10, LR * 2 / 10])  # no advance
     state = {"step_count": 2, "batch_count": 3, "place": 3, "num_consumed_tokens": 24, "inf_nan_skip_batches": 1}
