@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+import torch
 
 from internlm.config.checks import ConfigError
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.launch import pretend
 from internlm.core.mesh import build_mesh
+from internlm.model.moe import Router
 from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
 from tests.config.told import Told, assert_told
@@ -84,6 +86,9 @@ def test_beside_adapters_all_else_is_frozen() -> None:
     with pretend(1, 2) as world:
         model = build_model(config)
         parallelize(model, config, build_mesh(config.parallel, world))
+    router = Router(config.model, torch.float32).requires_grad_(False)
+    router.move_bias(torch.tensor([8.0] + [0.0] * 7), torch.tensor(True))
+    assert router.bias is not None and not router.bias.any()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == [f"layers.1.attention.{part}.lora_{letter}" for part in ("wqkv", "wo") for letter in "ab"]
 
