@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from internlm.config.schema import Config, HybridZeroConfig
 from internlm.core.lanes import Lane, build_lanes
@@ -45,6 +44,7 @@ from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
 from internlm.solver.materialise import materialise_buffers, materialise_parameter
 from internlm.solver.pieces import Piece, joined, pieces_of, pieces_of_buffers
+from internlm.solver.presence import Presence, Trace, traced
 from internlm.solver.unit import Unit
 from internlm.utils.device import torch_dtype
 from internlm.utils.logger import get_logger
@@ -52,7 +52,6 @@ from internlm.utils.logger import get_logger
 logger = get_logger(__name__)
 
 ValueOf = Callable[[str, tuple[int, ...]], Tensor]
-Trace = Callable[[str, str], None]  # (event, unit)
 
 # Whole gradient buffers on their way to being reduced, when g > 1. A third would cost memory and hide nothing more.
 MAX_IN_FLIGHT = 2
@@ -94,7 +93,6 @@ class HybridZero:
         self.mesh = mesh
         self.adam = config.adam
         self.clip_grad_norm = zero.clip_grad_norm
-        self.fetches_ahead = config.parallel.weight.overlap
         self.trace = trace or _no_trace
         self.scaler = GradScaler(config.grad_scaler, enabled=torch_dtype(config.model.dtype) == torch.float16)
         self.lanes = lanes or build_lanes(mesh.device, zero.overlap_sync_grad, zero.overlap_sync_param)
@@ -110,7 +108,8 @@ class HybridZero:
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self.buffers = materialise_buffers(model, value_of, mesh.device)
         self.trained = [unit for unit in self.units if unit.layout.trainable]
-        self._install_hooks(model)
+        self.presence = Presence(model, self.units, self.gather_lane, config.parallel.weight.overlap, self.trace)
+        self._watch_gradients()
         logger.info("hybrid zero over %s: %s", dict(mesh.dense.sizes), _in_gib(self.memory()))
 
     def _build_unit(self, model: nn.Module, layout: UnitLayout, zero: HybridZeroConfig, value_of: ValueOf) -> Unit:
@@ -165,7 +164,7 @@ class HybridZero:
             if unit.layout.trainable and unit.num_complete < unit.num_ended:  # parameters without a gradient this time
                 unit.clear_missing()
                 self._on_unit_complete(unit)
-            self._drop(unit)
+            self.presence.drop(unit)
 
     def step(self, lr: float, beta2: float) -> StepResult:
         """Reduce, update, gather. Nothing changes when the gradient norm is not finite."""
@@ -208,13 +207,13 @@ class HybridZero:
                 master=unit.master,
             )
             self._gather_updates(unit)
-        self._fetch_ahead(0)  # the next forward's first
+        self.presence.fetch_ahead(0)  # the next forward's first
 
     def _gather_updates(self, unit: Unit) -> None:
         if unit.sharded:  # together with the parameters, when they are fetched
             unit.stale = True
         else:
-            unit.pending.append(self.gather_lane.submit(self._traced("gather", unit, unit.gather_updates)))
+            unit.pending.append(self.gather_lane.submit(traced(self.trace, "gather", unit, unit.gather_updates)))
 
     def _read_ok(self) -> None:
         """Takes note of the last step's outcome. The trainer has read it by then, so this waits for nothing."""
@@ -223,82 +222,13 @@ class HybridZero:
             self.num_updates += ok
             self.scaler.update(ok)
 
-    # -- forward and backward -----------------------------------------------------------------------------------
+    # -- backward -----------------------------------------------------------------------------------------------
 
-    def _install_hooks(self, model: nn.Module) -> None:
-        users: dict[str, list[int]] = {}
+    def _watch_gradients(self) -> None:
         for index, unit in enumerate(self.units):
-            for name in unit.layout.modules:
-                users.setdefault(name, []).append(index)
             for slot in unit.layout.slots if unit.layout.trainable else ():
                 hook = partial(_weakly_on_grad, weakref.ref(self), index, slot)
                 unit.parameters[slot.name].register_post_accumulate_grad_hook(hook)
-        for name, indices in users.items():
-            module = model.get_submodule(name)
-            module.register_forward_pre_hook(partial(self._before_forward, indices))
-            if any(self.units[index].sharded for index in indices):
-                module.register_forward_hook(partial(self._after_forward, indices))
-
-    def _before_forward(self, indices: list[int], module: nn.Module, args: Any) -> None:
-        for index in indices:
-            self._use(self.units[index])
-            self.trace("forward", self.units[index].layout.name)
-        self._fetch_ahead(max(indices) + 1)
-
-    def _after_forward(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> None:
-        """With sharded parameters: drops them, and has them fetched again before the backward of this module."""
-        for index in indices:
-            unit = self.units[index]
-            self.trace("used", unit.layout.name)
-            # the last module's backward follows at once, and a shared unit is needed at both ends
-            if index + 1 < len(self.units) and len(unit.layout.modules) == 1:
-                self._drop(unit)
-        for leaf in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(partial(self._before_backward, indices))
-
-    def _before_backward(self, indices: list[int], grad: Tensor) -> None:
-        for unit in filter(lambda unit: not unit.layout.trainable, self.units[max(indices) + 1 :]):
-            self._drop(unit)  # frozen, so no gradient said that its backward is done
-        for index in indices:
-            self._use(self.units[index])
-        self._fetch_ahead(min(indices) - 1)
-
-    def _fetch_ahead(self, index: int) -> None:
-        """Of the unit whose turn is next, if there is one."""
-        if self.fetches_ahead and 0 <= index < len(self.units):
-            self._fetch(self.units[index])
-
-    def _fetch(self, unit: Unit) -> None:
-        """Starts gathering a unit's parameters, unless they are here or on their way."""
-        if unit.sharded and not unit.present:
-            unit.allocate()
-            unit.present = True
-            unit.pending.append(self.gather_lane.submit(self._traced("fetch", unit, unit.gather)))
-
-    def _use(self, unit: Unit) -> None:
-        """Makes compute wait for a unit's parameters."""
-        self._fetch(unit)
-        while unit.pending:
-            unit.pending.pop(0)()
-
-    def fetch(self, modules: Collection[str]) -> None:
-        """Has the parameters of modules at hand, for computing that is no call of a module. Until `drop`."""
-        for unit in self.units:
-            if not unit.modules.isdisjoint(modules):
-                self._use(unit)
-
-    def drop(self, modules: Collection[str]) -> None:
-        """Frees the parameters of modules until their next use, where ranks share them."""
-        for unit in self.units:
-            if not unit.modules.isdisjoint(modules):
-                self._drop(unit)
-
-    def _drop(self, unit: Unit) -> None:
-        if unit.sharded and unit.present:
-            while unit.pending:
-                unit.pending.pop(0)()
-            unit.free()
 
     @staticmethod
     def _expect_gradients(unit: Unit) -> None:
@@ -315,7 +245,7 @@ class HybridZero:
     def _on_unit_complete(self, unit: Unit) -> None:
         """All gradients of a unit's micro batch are in: send them, if it is time."""
         self.trace("backward", unit.layout.name)
-        self._drop(unit)
+        self.presence.drop(unit)
         first, last = unit.first, unit.num_complete + 1 == unit.num_passes
         unit.num_complete += 1
         self._expect_gradients(unit)
@@ -328,24 +258,26 @@ class HybridZero:
         work = partial(unit.reduce, unit.incoming, first, last)
         if unit.grads_sharded:
             unit.incoming = None
-        self._in_flight.append(self.reduce_lane.submit(self._traced("reduce", unit, work)))
+        self._in_flight.append(self.reduce_lane.submit(traced(self.trace, "reduce", unit, work)))
 
-    def _traced(self, event: str, unit: Unit, work: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            self.trace(f"{event}.begin", unit.layout.name)
-            work()
-            self.trace(f"{event}.end", unit.layout.name)
-
-        return run
-
-    # -- state --------------------------------------------------------------------------------------------------
+    # -- parameters ---------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
         """Until all parameters that this rank keeps are up to date."""
         for unit in self.units:
             while unit.pending:
                 unit.pending.pop(0)()
-            self._drop(unit)
+            self.presence.drop(unit)
+
+    def fetch(self, modules: Collection[str]) -> None:
+        """Has the parameters of modules at hand, for computing that is no call of a module. Until `drop`."""
+        for unit in self.presence.units_of(modules):
+            self.presence.use(unit)
+
+    def drop(self, modules: Collection[str]) -> None:
+        """Frees the parameters of modules until their next use, where ranks share them."""
+        for unit in self.presence.units_of(modules):
+            self.presence.drop(unit)
 
     def full_parameter(self, name: str) -> Tensor:
         """A copy of one global parameter. Collective: every rank that holds a part of it calls it, with the same names
@@ -353,15 +285,17 @@ class HybridZero:
         for unit in self.units:
             for slot in unit.layout.slots:
                 if slot.name == name:
-                    self._use(unit)
+                    self.presence.use(unit)
                     value = unit.view(unit.full, slot).clone()
-                    self._drop(unit)
+                    self.presence.drop(unit)
                     return joined(slot.placement, value, self.mesh)
         raise KeyError(name)
 
     def parameter_names(self) -> list[str]:
         """Names of the parameters of which this rank holds a part, in the order of the forward pass."""
         return [slot.name for unit in self.units for slot in unit.layout.slots]
+
+    # -- state --------------------------------------------------------------------------------------------------
 
     def pieces(self) -> list[Piece]:
         """What this rank updates, and the model's buffers, as boxes of global tensors."""

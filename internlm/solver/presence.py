@@ -1,0 +1,106 @@
+"""When a unit's parameters are at hand: from just before their use until just after, where ranks share them (p > 1).
+
+    forward    a module's units are waited for, and the next unit's parameters start on their way meanwhile; after the
+               module they are dropped, unless its backward follows at once
+    backward   they are fetched again before the module's backward, and the unit's before it meanwhile; the engine
+               drops them when the unit's last gradient has come
+
+Where every rank keeps its parameters (p = 1) nothing is fetched, and what is waited for are the values that the last
+update sends.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from internlm.core.lanes import Lane
+from internlm.solver.unit import Unit
+
+Trace = Callable[[str, str], None]  # (event, unit)
+
+
+class Presence:
+    """Watches the calls of a model's modules.
+
+    `units` are in the order of the forward pass. Without `ahead` each is fetched in its turn, and none meanwhile.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit], lane: Lane, ahead: bool, trace: Trace) -> None:
+        self.units, self.lane, self.ahead, self.trace = units, lane, ahead, trace
+        users: dict[str, list[int]] = {}
+        for index, unit in enumerate(units):
+            for name in unit.layout.modules:
+                users.setdefault(name, []).append(index)
+        for name, indices in users.items():
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(partial(self._before_forward, indices))
+            if any(units[index].sharded for index in indices):
+                module.register_forward_hook(partial(self._after_forward, indices))
+
+    def fetch_ahead(self, index: int) -> None:
+        """Starts gathering the parameters of the unit whose turn is next, if there is one."""
+        if self.ahead and 0 <= index < len(self.units):
+            self._fetch(self.units[index])
+
+    def _fetch(self, unit: Unit) -> None:
+        """Starts gathering a unit's parameters, unless they are here or on their way."""
+        if unit.sharded and not unit.present:
+            unit.allocate()
+            unit.present = True
+            unit.pending.append(self.lane.submit(traced(self.trace, "fetch", unit, unit.gather)))
+
+    def use(self, unit: Unit) -> None:
+        """Makes compute wait for a unit's parameters."""
+        self._fetch(unit)
+        while unit.pending:
+            unit.pending.pop(0)()
+
+    def drop(self, unit: Unit) -> None:
+        """Frees a unit's parameters until their next use."""
+        if unit.sharded and unit.present:
+            while unit.pending:
+                unit.pending.pop(0)()
+            unit.free()
+
+    def units_of(self, modules: Collection[str]) -> list[Unit]:
+        """The units that some modules use."""
+        return [unit for unit in self.units if not unit.modules.isdisjoint(modules)]
+
+    def _before_forward(self, indices: list[int], module: nn.Module, args: Any) -> None:
+        for index in indices:
+            self.use(self.units[index])
+            self.trace("forward", self.units[index].layout.name)
+        self.fetch_ahead(max(indices) + 1)
+
+    def _after_forward(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> None:
+        for index in indices:
+            unit = self.units[index]
+            self.trace("used", unit.layout.name)
+            # the last module's backward follows at once, and a shared unit is needed at both ends
+            if index + 1 < len(self.units) and len(unit.layout.modules) == 1:
+                self.drop(unit)
+        for leaf in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(partial(self._before_backward, indices))
+
+    def _before_backward(self, indices: list[int], grad: Tensor) -> None:
+        for unit in self.units[max(indices) + 1 :]:
+            if not unit.layout.trainable:  # no gradient said that its backward is done
+                self.drop(unit)
+        for index in indices:
+            self.use(self.units[index])
+        self.fetch_ahead(min(indices) - 1)
+
+
+def traced(trace: Trace, event: str, unit: Unit, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` on a unit, told of at both ends."""
+
+    def run() -> None:
+        trace(f"{event}.begin", unit.layout.name)
+        work()
+        trace(f"{event}.end", unit.layout.name)
+
+    return run
