@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from internlm.config.loader import load_config
-from internlm.core.launch import launch
+from internlm.core.launch import launch, pretend
 from internlm.core.mesh import build_mesh
 from internlm.model.batch import Batch, Segments
 from internlm.model.init import initialize
 from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.offload import offload_blocks
+from internlm.parallel.parallelize import parallelize
 from internlm.parallel.recompute import recompute_blocks
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.dry_run import layout_name, report
@@ -82,27 +83,47 @@ def test_equal_to_what_the_engine_allocates(small):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "tensor", "mode"),
     [
-        {},
-        {"num_kv_attention_heads": 2},
-        {"mlp_ratio": 1.0},
-        {"residual_in_fp32": True},
-        {"num_experts": 4},
-        {"num_experts": 8, "moe": {"top_k": 3, "intermediate_size": 64, "num_shared_experts": 2}},
+        ({}, 1, "mtp"),
+        ({"num_kv_attention_heads": 2}, 1, "mtp"),
+        ({"mlp_ratio": 1.0}, 1, "mtp"),
+        ({"residual_in_fp32": True}, 1, "mtp"),
+        ({"num_experts": 4}, 1, "mtp"),
+        ({"num_experts": 8, "moe": {"top_k": 3, "intermediate_size": 64, "num_shared_experts": 2}}, 1, "mtp"),
+        ({}, 4, "mtp"),
+        ({}, 4, "msp"),
+        ({}, 4, "fsp"),
     ],
 )
-def test_saved_activations_against_autograd(changes):
-    """Two models that differ by one block, run under a hook that sees every tensor autograd keeps."""
+def test_saved_activations_against_autograd(changes, tensor, mode):
+    """Two models that differ by one block, run under a hook that sees every tensor autograd keeps. What other tensor
+    ranks would send is anything, of the right shape."""
     saved = []
     for num_layers in (1, 2):
-        config = load_config(sized(num_layers=num_layers, dtype="torch.float32", **changes))
-        model = Transformer(config.model)
-        initialize(model, config.model, seed=0)
+        config = load_config(
+            sized(num_layers=num_layers, dtype="torch.float32", **changes),
+            [f"parallel.tensor.size={tensor}", f"parallel.tensor.mode={mode}"],
+        )
+        saved.append(saved_by_autograd(config))
+    # The plain RMSNorm of CPUs also keeps its normalised input and 1 / rms; the formula is for the fused one of GPUs.
+    plain_norms = 2 * (config.model.hidden_size + 1) * 4 / (1 if mode == "mtp" else tensor)
+    expected = saved_per_token(config.model, tensor, mode) + plain_norms
+    assert expected == pytest.approx(saved[1] - saved[0], rel=0.02)
+
+
+def saved_by_autograd(config) -> float:
+    """Bytes per token."""
+    with pretend(0, config.parallel.tensor.size) as world:
+        model = build_model(config)
+        parallelize(model, config, build_mesh(config.parallel, world))
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
-        def pack(tensor, kept=kept, parameters=parameters):
+        def pack(tensor):
             if tensor.untyped_storage().data_ptr() not in parameters:
                 kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
@@ -111,13 +132,8 @@ def test_saved_activations_against_autograd(changes):
         segments = Segments(torch.tensor([0, 64], dtype=torch.int32), [64])
         batch = Batch(tokens, labels=tokens, positions=tokens, segments=segments)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.loss(batch).loss_sum
-        saved.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / len(tokens))
-        del loss
-    # The plain RMSNorm of CPUs also keeps its normalised input and 1 / rms; the formula is for the fused one of GPUs.
-    plain_norms = 2 * (config.model.hidden_size + 1) * 4
-    assert saved_per_token(config.model, 4, "fsp") == saved_per_token(config.model) / 4
-    assert saved_per_token(config.model) + plain_norms == pytest.approx(saved[1] - saved[0], rel=0.02)
+            model.loss(batch)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / len(tokens)
 
 
 def test_recomputation_keeps_the_inputs_of_blocks():

@@ -71,9 +71,13 @@ def test_a_backward_in_two_parts_recomputes_once() -> None:
     assert run_ranks(2, feed_forward_calls, config) == [2 * 2 * 4] * 2  # 2 blocks, 4 micro batches
 
 
-@pytest.mark.parametrize(("schedule", "mode"), [("1f1b", "mtp"), ("zbv", "msp"), ("dualpipev", "fsp")])
-def test_tensor_ranks(schedule: str, mode: str) -> None:
-    check(4, 2, schedule, {"tensor": {"size": 2, "mode": mode}}, tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("schedule", "mode", "checkpoint"),
+    [("1f1b", "mtp", False), ("zbv", "msp", "feed_forward"), ("dualpipev", "fsp", "selective")],
+)
+def test_tensor_ranks(schedule: str, mode: str, checkpoint: Any) -> None:
+    tensor = {"size": 2, "mode": mode}
+    check(4, 2, schedule, {"tensor": tensor}, checkpoint=checkpoint, tie_word_embeddings=True)
 
 
 class Recorder:

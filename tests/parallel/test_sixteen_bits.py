@@ -30,7 +30,11 @@ SCALER = {"fp16": {"initial_scale": 2.0**40}, "backoff_factor": 2.0**-30, "hyste
 def trained(rank: int, world_size: int, config: Config, rows: int) -> list[tuple[float, float, bool]]:
     """Loss, gradient norm, and whether the update was made, of each step; then the validation loss."""
     trainer = build_trainer(rank, world_size, config, range(STEPS), rows)
-    steps = [(report.loss, report.grad_norm, report.updated) for report in trainer.steps()]
+    biases = trainer.optimizer.buffers.values()  # of routers, zero until an update
+    steps = []
+    for report in trainer.steps():
+        assert steps or all(bool(bias.any()) == report.updated for bias in biases)
+        steps.append((report.loss, report.grad_norm, report.updated))
     (validation,) = trainer.validate()
     return [*steps, (validation.loss, trainer.state.inf_nan_skip_batches, True)]
 

@@ -26,9 +26,9 @@ def test_two_ranks(mode: str, sections: dict[str, Any]) -> None:
     compare(2, {"tensor": {"size": 2, "mode": mode}}, **sections)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_four_ranks_with_recomputed_blocks(mode: str) -> None:
-    compare(4, {"tensor": {"size": 4, "mode": mode}}, model={"checkpoint": True})
+@pytest.mark.parametrize(("mode", "kind"), [("mtp", "feed_forward"), ("msp", True), ("fsp", "selective")])
+def test_four_ranks_with_recomputed_blocks(mode: str, kind: Any) -> None:
+    compare(4, {"tensor": {"size": 4, "mode": mode}}, model={"checkpoint": kind})
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,19 +17,13 @@ from internlm.utils.timers import DeviceTimer, Timer
 
 
 @pytest.fixture(autouse=True)
-def _quiet_before_and_after() -> Iterator[None]:
-    """Other files' tests may have set logging up in this process, and lines may still wait for a file."""
-    root = logging.getLogger("internlm")
-    _without_handlers(root)
+def _quiet_afterwards() -> Iterator[None]:
     yield
-    _without_handlers(root)
-    root.setLevel(logging.NOTSET)
-
-
-def _without_handlers(logger: logging.Logger) -> None:
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    root = logging.getLogger("internlm")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
         handler.close()
+    root.setLevel(logging.NOTSET)
 
 
 def test_rank_zero_writes_info_with_its_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
