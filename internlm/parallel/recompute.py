@@ -23,10 +23,12 @@ KEPT = {
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_mm.default,
+    aten._grouped_mm.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._flash_attention_forward.default,  # of a ring, each step's
 }
 KEPT_BY_NAME = {"internlm::fp8_cast", "internlm::ragged_attention", "flash_attn::_flash_attn_varlen_forward"}
 

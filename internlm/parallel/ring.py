@@ -35,7 +35,8 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: RingSegments, group: Group) -> Tensor:
         arriving = _fetch(k, v, segments, 1, group)
         out, lse = part_attention(q, k, v, segments)
-        total = out.to(lse.dtype)
+        # Copies, to change in place: "selective" keeps what attention returned, and hands it out again.
+        total, lse = out.to(lse.dtype, copy=True), lse.clone()
         for number, step in enumerate(segments.steps, 1):
             keys_values, arriving = arriving(), _fetch(k, v, segments, number + 1, group)
             if step.compute is not None:

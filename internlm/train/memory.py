@@ -167,14 +167,16 @@ def _routed_per_token(model: ModelConfig, item: int) -> int:
     return router + choices + top_k * (2 * hidden + 3 * model.expert_size) * item  # rows in and out, gate, up, product
 
 
-def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
-    """Likewise where results of matrix products and attention are kept alone (model.checkpoint="selective")."""
+def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp", ring: int = 1) -> float:
+    """Likewise where results of matrix products and attention are kept alone (model.checkpoint="selective"); in a ring,
+    those of all its steps, which in rows of one document have three quarters of the queries in the mean."""
     item = torch_dtype(model.dtype).itemsize
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size
     outside = model.hidden_size * ((4 if model.residual_in_fp32 else item) + item)  # block's input, wo
     outside += model.hidden_size * item if _dense_width(model) else 0  # w2
-    inside = (2 * query + key_value + 2 * _dense_width(model)) * item + model.num_attention_heads * 4
+    attended = (1 + 0.75 * (ring - 1)) * (query * item + model.num_attention_heads * 4)
+    inside = (query + key_value + 2 * _dense_width(model)) * item + attended
     if model.num_experts > 1:
         inside += model.num_experts * (4 if model.moe.router_fp32 else item)  # logits
         inside += model.moe.top_k * (2 * model.expert_size + model.hidden_size) * item  # experts' products
@@ -188,7 +190,7 @@ def _activations(config: Config, mesh: Mesh) -> int:
     item = 4 if model.residual_in_fp32 else torch_dtype(model.dtype).itemsize
     block = saved_per_token(model, tensor, mode)
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
-    selected = selected_per_token(model, tensor, mode)
+    selected = selected_per_token(model, tensor, mode, mesh.sizes["ring"])
 
     around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model) / tensor
     if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:  # whatever this machine is
