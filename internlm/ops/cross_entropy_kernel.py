@@ -11,7 +11,7 @@ from torch import Tensor
 
 BLOCK = 4096
 IGNORE_INDEX = -100
-LOWEST: tl.constexpr = -3e38  # a column's largest before it has seen a logit: finite, as inf - inf is no number
+LOWEST = tl.constexpr(-3e38)  # a column's largest before it has seen a logit: finite, as inf - inf is no number
 
 
 @triton.jit

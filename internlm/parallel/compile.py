@@ -36,7 +36,9 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
         log_once(logger, f"blocks are not compiled: {problem}", logging.WARNING if unheard else logging.INFO)
         return
     # The compiler keeps by default what a matrix product of the backward reads.
-    torch._functorch.config.ban_recompute_materialized_backward = config.model.checkpoint not in NORMS_AGAIN
+    from torch._functorch import config as functorch  # here, as compiling needs it anyway: 1.6 s
+
+    functorch.ban_recompute_materialized_backward = config.model.checkpoint not in NORMS_AGAIN
     blocks = [block for block in layers if isinstance(block, Block)]
     whole_graph = config.model.attn_backend != "flash"  # a call that can't be traced parts a block's graph in two
     # Not `torch.compile(block.forward)`: one function for all blocks is compiled once for all.

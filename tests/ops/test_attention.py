@@ -96,8 +96,9 @@ def test_gpu_fp32_agrees_with_reference():
     assert_agrees((300, 1, 723), 6, 2, 64, "auto", "cuda", torch.float32, 1e-4)
 
 
-def test_choice():
+def test_choice(monkeypatch):
     bf16 = torch.bfloat16
+    monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (False, "why"))
     assert room._choice(False, bf16, 128, False)[0] == "sdpa"
     assert room._choice(True, bf16, 128, True)[0] == "sdpa"
     assert room._choice(True, torch.float32, 128, False)[0] == "sdpa"
