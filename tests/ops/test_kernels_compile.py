@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for a Hopper GPU, which needs none: the interpreter lets pass what the compiler refuses."""
+"""Every Triton kernel compiles for Hopper, on a CPU too: the interpreter lets much pass that the compiler refuses."""
 
 import importlib
 from pathlib import Path
