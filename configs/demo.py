@@ -19,10 +19,10 @@ data = dict(
     seq_len=256,
     micro_bsz=4,  # one row of 1024 tokens: few tokens teach most in small batches
     micro_num=1,
-    total_steps=320,  # some two minutes on two cores
-    valid_every=80,
+    total_steps=240,  # some ninety seconds on two cores
+    valid_every=120,
     num_worker=0,  # both cores are busy with arithmetic
 )
 adam = dict(lr=2e-3, adam_beta2=0.95, weight_decay=0.1, no_decay=("*norm.weight", "*bias"))
 lr_scheduler = dict(warmup_ratio=0.05, eta_min=1e-4)
-ckpt = dict(checkpoint_every=80, keep_last=2)
+ckpt = dict(checkpoint_every=60, keep_last=2)

@@ -43,7 +43,7 @@ MARK = ".demo"  # in a folder that this script made and may therefore empty
 
 CORPUS_BYTES = 6_000_000  # some 2 million tokens: more than the run reads, so that nothing is seen twice
 VALID_SHARE = 16  # every 16th file is held out
-VALID_LINES, VALID_PIECES = 25, 6  # of a held-out file; validation reads the first seq_len tokens of a piece only
+VALID_LINES, VALID_PIECES = 25, 3  # of a held-out file; validation reads the first seq_len tokens of a piece only
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOKENIZER_LINES = 60_000  # enough for 4096 pieces in some seconds
 RESUME_STEPS = 3  # steps between the first checkpoint and the kill: they are lost and done again
@@ -108,7 +108,7 @@ def collect_corpus(folder: Path) -> dict[str, int]:
 
 def _pieces(text: str) -> list[str]:
     lines = text.splitlines(keepends=True)
-    starts = range(0, len(lines), VALID_LINES)[:VALID_PIECES]
+    starts = range(0, len(lines), 2 * VALID_LINES)[:VALID_PIECES]  # not only heads, which are licences and imports
     return ["".join(lines[start : start + VALID_LINES]) for start in starts]
 
 
