@@ -176,7 +176,7 @@ def test_projections_in_4_bits_have_the_values_of_bitsandbytes(
     for name in (name for name, kind in before if kind == "param"):
         value, found = (torch.from_numpy(bits[name, "param"]).view(torch.float32) for bits in (before, after))
         if fnmatch(name, "layers.*.w*.weight"):
-            codes, state = quantize_4bit(value, blocksize=64, quant_type="nf4", compress_statistics=False)
+            codes, state = quantize_4bit(value.flatten(), blocksize=64, quant_type="nf4", compress_statistics=False)
             assert not torch.equal(found, value)
             value, changed = dequantize_4bit(codes, state).view_as(value), changed + 1
         assert torch.equal(found, value), name
