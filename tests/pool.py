@@ -7,6 +7,7 @@ every call, so a multi-rank test costs some milliseconds.
 import gc
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class _Pool:
                 if error:  # the other ranks may hang in a collective: start afresh
                     self.close()
                     raise AssertionError(f"rank {pipes[pipe]} of {world_size}:\n{error}")
-                results[pipes[pipe]] = result
+                results[pipes[pipe]] = pickle.loads(result)
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
@@ -105,7 +106,8 @@ def _serve(pipe: Connection) -> None:
             finally:
                 dist.destroy_process_group()
                 gc.collect()  # an engine and its model refer to each other, and hold groups with threads of their own
-            pipe.send((None, result))
+            # As bytes: tensors would be sent as shared memory, with an open file for each as long as it lives.
+            pipe.send((None, pickle.dumps(result)))
         except BaseException:
             with suppress(OSError):
                 pipe.send((traceback.format_exc(), None))
