@@ -144,7 +144,7 @@ TWO = [
     Case("dense", "tensor msp, symmetric memory", tensor("msp"), symmetric_from=0),
     Case("dense", "tensor fsp", tensor("fsp")),
     Case("7B", "tensor msp", tensor("msp")),
-    Case("7B", "tensor msp, symmetric memory", tensor("msp"), symmetric_from=spread_matmul.WORTHWHILE),
+    Case("7B", "tensor msp, symmetric memory", tensor("msp"), symmetric_from=4e11),
     Case("dense", "pipeline 1f1b", pipeline("1f1b")),
     Case("dense", "pipeline zbv", pipeline("zbv")),
     Case("dense", "pipeline dualpipev", pipeline("dualpipev")),
