@@ -18,8 +18,8 @@ from internlm.utils.logger import get_logger, log_once
 logger = get_logger(__name__)
 
 # FLOP of a product from which on symmetric memory is used. Alone, products of 0.4 TFLOP and more became 7 to 17 %
-# faster by it between two H100s; whole steps did not: of the 1.8B, with products of 0.07 to 0.27 TFLOP, a quarter slower,
-# of the 7B, with 0.27 to 0.74, 1 % slower (benchmarks/LOG.md).
+# faster by it between two H100s; whole steps did not: of the 1.8B, with products of 0.07 to 0.27 TFLOP, a quarter
+# slower, of the 7B, with 0.27 to 0.74, 1 % slower (benchmarks/LOG.md).
 WORTHWHILE = 1e12
 
 
