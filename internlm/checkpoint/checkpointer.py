@@ -169,8 +169,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the last save and gives the signals back. Collective. Raises UserError if the save failed."""
-        self.signals.close()
-        self.wait()
+        try:
+            self.wait()
+        finally:  # until then a second SIGTERM, which launchers send, would end the save that the first asked for
+            self.signals.close()
         for lock in self._locks:
             lock.close()
 

@@ -1,5 +1,6 @@
 """Does a checkpoint fit this run: its model, and the place in its data?"""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,9 +103,17 @@ def check_rows(saved: dict[str, Any], saved_rows: int | None, config: Config, nu
         raise UserError(
             f"{what}: its place in the data means nothing in this run, which reads other rows, or in another order:\n"
             + "\n".join(found)
-            + "\nGo on with the data as it was; or begin this data, with the same model and schedule: --run_dir OTHER "
-            f"ckpt.load_ckpt_info.path={what} \"ckpt.load_ckpt_info.content=('model', 'optimizer', 'scheduler')\""
+            + f"\nGo on with the data as it was; or {begin_anew(config, what)}"
         )
+
+
+def begin_anew(config: Config, what: str) -> str:
+    """How a run leaves the place in the data behind: in folders without checkpoints, which it would resume from."""
+    folders = [key for key in ("save_ckpt_folder", "snapshot_ckpt_folder") if getattr(config.ckpt, key) is not None]
+    load = "ckpt.load_ckpt_info"
+    arguments = [*(f"ckpt.{key}=OTHER_{key.upper()}" for key in folders), f"{load}.path={what}"]
+    arguments += [f"{load}.ckpt_type=internlm", f"{load}.content=('model', 'optimizer', 'scheduler')"]
+    return f"begin this data, with the same model and schedule: --run_dir OTHER {shlex.join(arguments)}"
 
 
 def _check_adapters(saved: dict[str, Any] | None, lora: LoraConfig | None, what: str) -> None:

@@ -11,6 +11,7 @@ import atexit
 import json
 import threading
 import time
+from typing import Any
 
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.triggers import new_token
@@ -42,10 +43,9 @@ class Lease:
 
     def check(self) -> None:
         """Raises UserError if another run has taken the folder."""
-        found = self._read()
-        if found is not None and not self._is_mine(found):
+        if (other := self._other()) is not None:
             raise UserError(
-                f"{self.what} was taken by {_holder(found)}: this run stood still for too long, or both started at the "
+                f"{self.what} was taken by {other}: this run stood still for too long, or both started at the "
                 "same moment. It ends here and leaves the folder to the other; choose another folder for one of them"
             )
 
@@ -55,7 +55,7 @@ class Lease:
         self._end.set()
         self._thread.join()
         try:
-            if self._is_mine(self._read() or b""):
+            if self._other() is None:
                 self.storage.remove(NAME)
         except Exception as error:  # a store has errors of its own; what is left there only costs the next run a wait
             logger.warning(f"{self.storage.show(NAME)} can't be removed: {error}")
@@ -76,14 +76,19 @@ class Lease:
     def _keep(self) -> None:
         while not self._end.wait(BEAT):
             try:
-                found = self._read()
-                if found is None or self._is_mine(found):
+                if self._other() is None:
                     self._write()
             except Exception as error:  # the network comes and goes; who is too late is told so by `check`
                 logger.warning(f"{self.storage.show(NAME)} can't be renewed: {error}")
 
-    def _is_mine(self, found: bytes) -> bool:
-        return self.mine["token"].encode() in found
+    def _other(self) -> str | None:
+        """Who has the folder instead of this run.
+
+        What can't be read names nobody: stores like HDFS show an object while it is being written, and a part of it
+        stays where the network fails meanwhile.
+        """
+        about = _parsed(self._read())
+        return None if about is None or about["token"] == self.mine["token"] else str(about["holder"])
 
     def _read(self) -> bytes | None:
         try:
@@ -97,8 +102,15 @@ class Lease:
             write(json.dumps({**self.mine, "beats": self._beats}).encode())
 
 
-def _holder(found: bytes) -> str:
+def _parsed(found: bytes | None) -> dict[str, Any] | None:
+    """What the object says; None for one that isn't there, or not whole."""
     try:
-        return str(json.loads(found)["holder"])
-    except (ValueError, TypeError, KeyError):
-        return "another process"
+        about = json.loads(found or b"")
+        return about if {"holder", "token"} <= about.keys() else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _holder(found: bytes) -> str:
+    about = _parsed(found)
+    return "another process" if about is None else str(about["holder"])

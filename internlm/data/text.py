@@ -62,11 +62,26 @@ def cached(path: Path, parts: Sequence[str], encode: Callable[[int], Iterator[En
     key = hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
     entry = cache_folder() / f"{path.stem[:40].replace('.', '_')}-{key}"
     if not entry.with_suffix(".idx").exists():
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_suffix(".lock"), path):
-            if not entry.with_suffix(".idx").exists():  # else another process built it while this one waited
-                _build(path, encode, entry)
+        with _cache_errors(path):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(entry.with_suffix(".lock"), path):
+                if not entry.with_suffix(".idx").exists():  # else another process built it while this one waited
+                    _build(path, encode, entry)
     return entry
+
+
+@contextmanager
+def _cache_errors(path: Path) -> Iterator[None]:
+    """What the system has against the cache (a full disk, a missing right), as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename) == str(path):  # the text itself, which the caller tells of
+            raise
+        raise UserError(
+            f"{path}: its tokens can't be stored in {cache_folder()}: {error}. Make room there, or name another folder "
+            "by the environment variable XDG_CACHE_HOME"
+        ) from error
 
 
 @contextmanager

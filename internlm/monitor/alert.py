@@ -15,6 +15,7 @@ from types import TracebackType
 from internlm.config.schema import Config
 from internlm.train.metrics import StepReport
 from internlm.utils.environment import job_id
+from internlm.utils.errors import writing
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -37,7 +38,8 @@ class Alert:
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="alert")
         self._loss = math.inf
         if self.told is not None and rank == 0:
-            self.told.unlink(missing_ok=True)
+            with writing(f"monitor.alert.alert_file_path = {str(self.told)!r}"):
+                self.told.unlink(missing_ok=True)
         self.send(f"Training in {self.host} is starting.")
 
     def send(self, text: str) -> None:
@@ -79,13 +81,17 @@ class Alert:
         """Whether this rank is the one to tell of an exception."""
         if self.told is None:
             return self.rank == 0
-        self.told.parent.mkdir(parents=True, exist_ok=True)
-        with self.told.open("a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = trace in file.read()
-            if not known:
-                file.write(trace)
+        try:
+            self.told.parent.mkdir(parents=True, exist_ok=True)
+            with self.told.open("a+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                known = trace in file.read()
+                if not known:
+                    file.write(trace)
+        except OSError as error:  # perhaps the full disk that ends the run
+            logger.warning(f"monitor.alert.alert_file_path: {error}; rank 0 alone tells of exceptions")
+            return self.rank == 0
         return not known
 
     def _post(self, text: str) -> None:

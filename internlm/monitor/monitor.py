@@ -1,5 +1,8 @@
 """One listener for the loop: hands each report to console, metrics.jsonl, answers, TensorBoard and the loss curve."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -15,6 +18,9 @@ from internlm.monitor.slow_ranks import SlowRanks
 from internlm.monitor.tensorboard import TensorBoard
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
+from internlm.utils.logger import get_logger, log_once
+
+logger = get_logger(__name__)
 
 
 class Listener(Protocol):
@@ -69,13 +75,15 @@ class Monitor:
             return
         self.alert.report(report)
         for listener in self.listeners:
-            listener.report(report)
+            with _spared(listener):
+                listener.report(report)
 
     def close(self) -> None:
         """Close all outputs; a second call does nothing."""
         listeners, self.listeners = self.listeners, []
         for listener in reversed(listeners):
-            listener.close()
+            with _spared(listener):
+                listener.close()
         if self.watchdog is not None:
             self.watchdog.close()
 
@@ -85,3 +93,12 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
         self.alert.ended(kind, error, tb, self.stop_reason)
+
+
+@contextmanager
+def _spared(listener: Listener) -> Iterator[None]:
+    """A full disk costs curves, not the run, nor the error by which it ends."""
+    try:
+        yield
+    except OSError as error:
+        log_once(logger, f"{type(listener).__name__} can't write, and leaves it out: {error}", logging.WARNING)

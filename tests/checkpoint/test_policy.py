@@ -169,6 +169,30 @@ def test_signals(number: signal.Signals, stops: bool, tmp_path: Path) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_a_second_signal_does_not_end_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun and Slurm both send SIGTERM, and the second comes while what the first asked for is written."""
+    closing, ended = threading.Event(), []
+
+    def signalled(part: Any) -> None:
+        assert closing.wait(10)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_rank(part)
+
+    monkeypatch.setattr(checkpointer_module, "write_rank", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("killed"))
+    try:
+        run = run_of(tmp_path, total_steps=1)
+        run.train(1)
+        closing.set()
+        run.checkpointer.close()
+        assert ended == [] and saved(tmp_path / "checkpoints") == ["1"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == ["killed"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files hold the values of the moment of the save; the next save waits for this one."""
     gate = threading.Event()
@@ -268,10 +292,20 @@ def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: py
     first = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)
     with pytest.raises(UserError, match=rf"ckpt.save_ckpt_folder = '{url}' is in use by process {os.getpid()} on "):
         run_of(tmp_path, save_ckpt_folder=url)
-    first.train(2)
-    first.checkpointer.wait()
+    first.train(1)
     (held,) = first.checkpointer._locks
     assert isinstance(held, lease.Lease)
+    store = first.checkpointer.storages["normal"]
+    for part in (b"", b'{"holder": "proc'):  # what HDFS shows of an object that is being written, or stays of one
+        with store.writer(lease.NAME) as write:
+            write(part)
+        held.check()
+        deadline = time.monotonic() + 10
+        while held.mine["token"].encode() not in store.read(lease.NAME):
+            assert time.monotonic() < deadline, "it is written again"
+            time.sleep(0.01)
+    first.train(1)
+    first.checkpointer.wait()
     held._end.set()  # from now on it is as still as a killed run
     held._thread.join()
     second = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)

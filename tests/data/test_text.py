@@ -227,6 +227,28 @@ def test_text_cache(tmp_path: Path, cache: Path, tokenizer: Path, monkeypatch: p
     assert sorted(path.suffix for path in cache.iterdir()) == [".bin", ".idx", ".lock", ".lock"]  # nothing half done
 
 
+def test_a_cache_that_can_not_be_written_is_named(
+    tmp_path: Path, cache: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run tells of it with the other mistakes; before, a full disk was a text that could not be read."""
+    path = tmp_path / "train/en/a.jsonl"
+    write_texts(path)
+    config = make_config(type="text", tokenizer_path=str(tokenizer), train_folder=str(tmp_path / "train"))
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module.os, "fsync", full)
+        with pytest.raises(UserError, match=rf"^{path}: its tokens can't be stored in {cache}: .*No space") as told:
+            build_train_loader(config, 0, 1)
+    assert "XDG_CACHE_HOME" in str(told.value)
+    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    with pytest.raises(UserError, match=rf"^{path}: its tokens can't be stored in {path}/internlm/text: "):
+        build_train_loader(config, 0, 1)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_one_process_builds_and_the_others_wait(tmp_path: Path, cache: Path, tokenizer: Path, broken: bool) -> None:
     """A mistake, which the builder alone has read, is told by all of them."""

@@ -17,6 +17,7 @@ from internlm.monitor.monitor import Monitor
 from internlm.monitor.slow_ranks import SlowRanks, typical
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
+from internlm.utils.errors import UserError
 from tests.pool import run_ranks
 from tests.train.tiny import make_config
 
@@ -95,6 +96,16 @@ def test_with_a_file_every_rank_may_tell_and_equal_exceptions_are_told_once(webh
     Alert(config, 0).ended(None, None, None)  # a new run forgets what was told
     fail_on(1, config, tmp_path)
     assert "rank id 1" in texts(messages)[-1]
+
+
+def test_a_file_that_can_not_be_written_does_not_hide_the_exception(webhook, tmp_path):
+    url, messages = webhook
+    (tmp_path / "file").write_text("")
+    config = with_alerts(url, alert_file_path=str(tmp_path / "file" / "alert.log"))
+    fail_on(1, config, tmp_path)
+    assert messages == []
+    with pytest.raises(UserError, match=r"alert_file_path = '.*file/alert.log' can't be written"):
+        Alert(config, 0)
 
 
 def test_a_webhook_that_is_away_costs_a_warning(tmp_path, caplog):

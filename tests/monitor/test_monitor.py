@@ -52,6 +52,26 @@ def scalar(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+class FullDisk:
+    """An output that can't be written any more."""
+
+    def report(self, report: StepReport) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_costs_an_output_and_neither_the_run_nor_its_error(run_dir: Path, capsys) -> None:
+    with pytest.raises(ValueError, match="the error"), Monitor(config_with_total(3), run_dir) as monitor:
+        monitor.listeners.insert(0, FullDisk())
+        monitor.report(report(1, 3.0))
+        raise ValueError("the error")
+    assert [line["loss"] for line in lines_of(run_dir / "metrics.jsonl")] == [3.0]
+    told = capsys.readouterr().out
+    assert told.count("FullDisk can't write") == 1 and "No space left on device" in told
+
+
 def test_a_run_leaves_metrics_curve_tensorboard_and_log(run_dir: Path) -> None:
     valid = ValidReport("en", 1.5, 0.25, 4.48, 100)
     with Monitor(config_with_total(3), run_dir) as monitor:

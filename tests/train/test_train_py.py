@@ -119,10 +119,11 @@ def test_a_resume_takes_batches_of_any_size_but_no_other_rows(
     write_bin(tmp_path / "data/a.bin", [[5] * 60] * 20)  # 37 rows of 32 tokens
     run, folder = ("--run_dir", tmp_path / "run"), f"data.train_folder={tmp_path}/data"
     arguments = ("--config", config_file, "monitor.enable_tb=False", "data.type=tokenized")
+    arguments += (f"ckpt.save_ckpt_folder={tmp_path}/saved here",)
     assert run_main(*arguments, *run, folder, "data.total_steps=2") == 0
     assert run_main(*arguments, *run, folder, "data.total_steps=3", "data.micro_num=5") == 0
     assert "batch 2 is next, behind 4 rows (37 an epoch)" in capsys.readouterr().out
-    state = json.loads((tmp_path / "run/checkpoints/3/state.json").read_text())
+    state = json.loads((tmp_path / "saved here/3/state.json").read_text())
     assert state["train"]["place"] == 9
 
     changes = ("data.seq_len=8", "data.seed=5", "data.total_steps=4")
@@ -138,7 +139,8 @@ def test_a_resume_takes_batches_of_any_size_but_no_other_rows(
     assert run_main(*arguments, *run, folder, "data.total_steps=5") == 2
     told = capsys.readouterr().err
     assert "training data: 37 in the checkpoint, 39 in this run" in told
-    remedy = shlex.split(told.partition("--run_dir OTHER ")[2])
+    remedy = shlex.split(told.partition("--run_dir OTHER ")[2].replace("OTHER_SAVE_CKPT_FOLDER", f"{tmp_path}/new"))
+    assert "ckpt.load_ckpt_info.ckpt_type=internlm" in remedy  # the run may have begun with a Hugging Face folder
     assert run_main(*arguments, "--run_dir", tmp_path / "other", folder, *remedy) == 0
     lines = lines_of(tmp_path / "other")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and lines[0]["step_count"] == 5

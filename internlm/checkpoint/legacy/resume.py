@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internlm.checkpoint.compare import begin_anew
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.legacy.folder import is_legacy_folder
 from internlm.checkpoint.legacy.reader import LegacyReader
@@ -179,5 +180,5 @@ def check_batches(reader: LegacyReader, config: Config, readers: int) -> None:
         raise UserError(
             f"{reader.path}: its place in the data means nothing in this run:\n"
             + "\n".join(different)
-            + '\nSet the same, or begin the data anew: leave "sampler" and "all" out of ckpt.load_ckpt_info.content.'
+            + f"\nSet the same, or {begin_anew(config, reader.path)}"
         )
