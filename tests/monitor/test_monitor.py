@@ -1,11 +1,9 @@
 """Outputs of a run: what the files hold, after one process and after a resume."""
 
 import json
-import logging
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +21,10 @@ from tests.train.tiny import make_config
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Iterator[Path]:
+def run_dir(tmp_path: Path) -> Path:
     """A run's folder, with logging into it."""
     setup_logging(0, 1, tmp_path / "train.log")
-    yield tmp_path
-    logger = logging.getLogger("internlm")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.setLevel(logging.NOTSET)
+    return tmp_path
 
 
 def report(step: int, loss: float = 2.0, **more: object) -> StepReport:

@@ -1,7 +1,6 @@
 """train.py as a user starts it: outputs, exit codes, messages."""
 
 import json
-import logging
 import os
 import shlex
 import signal
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +30,6 @@ model = dict(
 data = dict(type="synthetic", seq_len=16, micro_bsz=2, micro_num=2, total_steps=5, num_worker=0)
 adam = dict(lr=1e-2)
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_logging_afterwards() -> Iterator[None]:
-    yield
-    logger = logging.getLogger("internlm")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,6 @@ from internlm.utils.device import _data_sheet_peak, _measure_peak, peak_flops, t
 from internlm.utils.errors import UserError
 from internlm.utils.logger import common_warning, get_logger, log_once, setup_logging
 from internlm.utils.timers import DeviceTimer, Timer
-
-
-@pytest.fixture(autouse=True)
-def _quiet_afterwards() -> Iterator[None]:
-    yield
-    root = logging.getLogger("internlm")
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(logging.NOTSET)
 
 
 def test_rank_zero_writes_info_with_its_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
