@@ -90,7 +90,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
         tokenizer = config.data.tokenizer_path
         logger.info(f"tokenizer of the run: {tokenizer}")
-    template = template_for(arguments.chat_template, config.data)
+    template = template_for(arguments.chat_template, config.data, arguments.tokenizer)
     if template is not None and tokenizer is None:
         raise UserError(
             f"chat template {template.name} goes into the tokenizer's files: give the tokenizer with --tokenizer, "
@@ -109,12 +109,17 @@ def convert(arguments: argparse.Namespace) -> None:
     )
 
 
-def template_for(asked: str | None, data: DataConfig) -> ChatTemplate | None:
-    """The template that was asked for, else that of a run on conversations. Raises UserError where it can't be read."""
+def template_for(asked: str | None, data: DataConfig, tokenizer: str | None) -> ChatTemplate | None:
+    """The template that was asked for, else that of a run on conversations. Raises UserError where it can't be read.
+
+    `tokenizer` stands for the run's, in which the template may be, if that has moved.
+    """
     if asked is not None:
         return None if asked == "none" else find_template(asked)
     if data.type not in ("chat", "preference"):
         return None
+    if tokenizer is not None and not Path(data.tokenizer_path or "").exists():
+        data = data.model_copy(update={"tokenizer_path": tokenizer})
     try:
         template = template_of_data(data)
     except UserError as error:

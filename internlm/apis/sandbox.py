@@ -23,16 +23,16 @@ PROCESSES = 64  # processes and threads beside those that the user has
 PATIENCE = 5  # seconds that the supervisor may take to end everything
 
 # Runs in the child. Its fork sets limits that can't be lifted again and becomes the code as the main program; the child
-# itself supervises that, and ends as it ended, or by SIGXCPU where time was up.
+# itself supervises that, and ends as it ended, by SIGXCPU where time was up, or by SIGTERM where it was told to.
 _START = """
 import ctypes, os, resource, signal, sys, time
 seconds, memory, output, processes, patience = map(int, sys.argv[1:6])
 code = sys.stdin.read()
 
-def limit(what, value):
+def limit(what, value, more=0):
     hard = resource.getrlimit(what)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (value, value))
+    most = value + more if hard == resource.RLIM_INFINITY else min(value + more, hard)
+    resource.setrlimit(what, (min(value, most), most))
 
 def tasks_of_user():
     count = 0
@@ -58,7 +58,9 @@ def children():
 def wait(main):
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        signal.sigtimedwait({signal.SIGCHLD}, left)
+        told = signal.sigtimedwait(WATCHED, left)
+        if told and told.si_signo == signal.SIGTERM:
+            return signal.SIGTERM
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == main:
                 return ended[1]
@@ -78,20 +80,22 @@ limit(resource.RLIMIT_CORE, 0)
 on_linux = sys.platform == "linux"
 if on_linux:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+WATCHED = {signal.SIGCHLD, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
 main = os.fork()
 if main:
     status = wait(main)
     if on_linux:
         end_all()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
     if os.WIFSIGNALED(status):
         signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.WEXITSTATUS(status))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
 if on_linux:
     limit(resource.RLIMIT_NPROC, tasks_of_user() + processes)
-limit(resource.RLIMIT_CPU, seconds)
+limit(resource.RLIMIT_CPU, seconds, 1)  # SIGXCPU, which says what it is for; a second later SIGKILL
 limit(resource.RLIMIT_AS, memory)
 limit(resource.RLIMIT_FSIZE, output)
 sys.argv = ["code"]
@@ -139,7 +143,10 @@ def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """Ends what is left of the supervisor's process group, and waits for it."""
+    """Has the supervisor end everything, if it still runs; then ends what is left of its process group."""
+    child.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(2 * PATIENCE)
     with suppress(ProcessLookupError):  # the group is gone already
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -184,9 +184,8 @@ def chat_template(data: DataConfig) -> ChatTemplate:
         return find_template(data.chat_template)
     path = Path(data.tokenizer_path or "")
     if not path.is_dir():
-        raise UserError(
-            f"data.tokenizer_path = {path} is a file, which has no chat template: name one as data.chat_template."
-        )
+        what = "is a file, which has no chat template" if path.is_file() else "is not there, nor its chat template"
+        raise UserError(f"data.tokenizer_path = {path} {what}: name one as data.chat_template.")
     return template_of(path)
 
 

@@ -76,13 +76,15 @@ class ChatTemplate:
 
         `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in
         `tools`, in names, and in a turn that is not the assistant's is literal. So is what `control_in_answers` finds
-        in the assistant's turns. Raises UserError for turns that the template refuses.
+        in the assistant's turns and calls. Raises UserError for turns that the template refuses.
         """
         template = _compiled(self.source, self.name)
         turns = []
         for message in messages:
             content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
-            turns.append(replace(message, content=content, name=_guarded(message.name, control)).as_dict())
+            calls = tuple(ToolCall(*_guarded((c.name, c.arguments), control_in_answers)) for c in message.tool_calls)
+            guarded = replace(message, content=content, name=_guarded(message.name, control), tool_calls=calls)
+            turns.append(guarded.as_dict())
         said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
         try:
             marked = template.render(said, add_generation_prompt=add_generation_prompt)

@@ -10,7 +10,7 @@ from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.ops.cross_entropy import LossOutput
 from internlm.parallel.schedule import Schedule
 from internlm.train.metrics import ValidReport, perplexity, sum_over_tokens_
-from internlm.train.preference import margins
+from internlm.train.preference import margin_sum
 from internlm.utils.logger import common_warning, get_logger
 
 logger = get_logger(__name__)
@@ -27,8 +27,7 @@ def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport
     def add(output: LossOutput, part: Batch) -> None:
         losses = output.token_losses.double()
         correct = (output.correct & (part.labels != IGNORE_INDEX)).sum()
-        # the places without a pair have no loss
-        margin = margins(losses)[losses > 0].sum() if loader.of_pairs else losses.new_zeros(())
+        margin = margin_sum(output) if loader.of_pairs else losses.new_zeros(())
         sums.add_(torch.stack((losses.sum(), correct, margin, losses.new_tensor(part.num_trained))))
 
     schedule.eval_mode(True)
@@ -36,11 +35,11 @@ def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport
         schedule.evaluate(row, add)
     schedule.eval_mode(False)
     sum_over_tokens_(sums, mesh)
-    loss_sum, correct, margin_sum, count = sums.tolist()
+    loss_sum, correct, margin, count = sums.tolist()
     if count == 0:
         common_warning(logger, f"Validation dataset: {loader.name} is empty")
         return ValidReport(loader.name, math.nan, math.nan, math.nan, 0)
     loss = loss_sum / count
     if loader.of_pairs:
-        return ValidReport(loader.name, loss, correct / count, math.nan, int(count), margin_sum / count)
+        return ValidReport(loader.name, loss, correct / count, math.nan, int(count), margin / count)
     return ValidReport(loader.name, loss, correct / count, perplexity(loss), int(count))

@@ -21,6 +21,8 @@ from internlm.ops.cross_entropy import LossOutput
 
 TokenLosses = Callable[[Batch], Tensor]
 
+_SMALLEST = 2.0**-149  # of fp32
+
 
 class PreferenceLoss:
     """The objective of a step's rows; `reference` gives -log p of every label under the reference model."""
@@ -59,12 +61,15 @@ class PreferenceLoss:
         return LossOutput(loss_sum, token_losses, first & (margin > 0)[segment // 2])
 
 
-def margins(losses: Tensor) -> Tensor:
-    """By how much more than the rejected answers the chosen ones gained, times beta, of pairs with `losses` [pairs].
+def margin_sum(output: LossOutput) -> Tensor:
+    """By how much more than the rejected answers the chosen ones gained, times beta, over a row's pairs: fp64 [].
 
-    A loss is -log of the probability that is the sigmoid of the margin.
+    A loss is -log of the probability that is the sigmoid of the margin. In fp32 it is 0 from a margin of 104 on, which
+    counts as 103 then.
     """
-    return -losses - torch.log(-torch.expm1(-losses))
+    pairs = (output.token_losses > 0) | output.correct  # the places without a pair have neither
+    losses = output.token_losses[pairs].double().clamp_min(_SMALLEST)
+    return (-losses - torch.log(-torch.expm1(-losses))).sum()
 
 
 def _trained_before(trained: Tensor, segment: Tensor, count: int) -> Tensor:

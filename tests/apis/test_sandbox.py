@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ def test_output_and_errors() -> None:
     assert (failed.output, failed.error) == ("1\n", "ValueError: no")
     assert run_python("def f(:").error == "SyntaxError: invalid syntax"
     assert run_python("import os; os._exit(3)").error == "ended with code 3"
+    limit = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU))"
+    assert run_python(limit, seconds=9).output == "(9, 10)\n"  # SIGXCPU, which tells why; at the second SIGKILL
 
 
 DAEMON = """
@@ -45,6 +49,29 @@ def test_time_is_limited_and_no_process_outlives_the_code(more: str, error: str 
     assert result.error == error and time.monotonic() - start < 10
     with pytest.raises(ProcessLookupError):
         os.kill(int(result.output), 0)
+
+
+def test_nor_one_that_is_interrupted(tmp_path: Path) -> None:
+    """As by Ctrl-C."""
+    shown = f"import sys; sys.stdout = open({str(tmp_path / 'pid')!r}, 'w', 1)"
+
+    def interrupt() -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_python(f"{shown}\n{DAEMON}\ntime.sleep(60)", seconds=30)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_processes_are_limited() -> None:

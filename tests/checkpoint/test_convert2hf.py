@@ -16,10 +16,11 @@ from internlm.checkpoint.shards import key_of
 from internlm.checkpoint.storage import Storage
 from internlm.data.chat_template import BUILT_IN
 from internlm.model.transformer import Transformer
+from internlm.utils.errors import UserError
 from tests.checkpoint.fake import full
 from tests.checkpoint.hf_models import named, tiny_run
 from tests.model.tiny import random_batch
-from tools.convert2hf import main
+from tools.convert2hf import main, template_for
 
 
 def write_checkpoint(
@@ -149,6 +150,16 @@ def test_a_template_that_is_gone_is_named(
     assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "hf")]) == 2
     error = capsys.readouterr().err
     assert "the run's own chat template" in error and "gone.jinja" in error and "--chat_template none" in error
+
+
+def test_a_tokenizer_that_has_moved_brings_its_template(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("moved")
+    data = {"type": "chat", "chat_template": None, "tokenizer_path": str(tmp_path / "gone")}
+    ours = tiny_run("internlm")[0].data.model_copy(update=data)
+    template = template_for(None, ours, str(tmp_path))
+    assert template is not None and template.source == "moved"
+    with pytest.raises(UserError, match="gone is not there"):
+        template_for(None, ours, None)
 
 
 def test_an_export_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

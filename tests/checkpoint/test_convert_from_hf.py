@@ -10,8 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from internlm.apis.generate import load_model
+from internlm.checkpoint.legacy.writer import write_legacy
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.storage import Storage
+from internlm.config.schema import ModelConfig
+from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
 from tests.checkpoint.fake import full
 from tests.checkpoint.test_legacy import of_transformers
@@ -90,6 +93,18 @@ def test_mistakes(options: list[str], message: str, tmp_path: Path, capsys: pyte
     error = capsys.readouterr().err
     assert any(part in error for part in message.split("|"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_folder_can_be_renamed_to_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=8)
+    (tmp_path / "a").touch()
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "b")
+    for name, problem in (("a", "a is a file"), ("b", "b is where a file system is mounted; give a new folder in it")):
+        with pytest.raises(UserError, match=problem):
+            write_legacy(pytest.fail, model, tmp_path / name)
 
 
 @pytest.mark.parametrize("options", [[], ["--format", "2023"]])

@@ -25,6 +25,13 @@ LORA = {"rank": 4, "alpha": 8.0}
 ADAM = {"lr": 0.05, "weight_decay": 0.0}
 
 
+Tuned = tuple[Path, list[float], list[float]]  # folder, losses, norms of gradients
+
+
+def norms_of(found: dict[str, list[Any]]) -> list[float]:
+    return [float.fromhex(norm) for norm in found["norms"]]
+
+
 def run(folder: Path, chain: Chain, world_size: int, **sections: Any) -> dict[str, list[Any]]:
     config = run_config(chain, world_size, 6, **{"lora": LORA, "adam": ADAM, **sections})
     return run_ranks(world_size, train, config, folder)[0]
@@ -39,9 +46,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     folder = tmp_path_factory.mktemp("tuned")
-    return folder, run(folder, (1, 1, 1), 1, ckpt={"load_ckpt_info": {"path": str(base)}})["losses"]
+    found = run(folder, (1, 1, 1), 1, ckpt={"load_ckpt_info": {"path": str(base)}})
+    return folder, found["losses"], norms_of(found)
 
 
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
@@ -53,11 +61,11 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
 IDS = [1, 5, 9, 40, 3, 3, 7, 22]
 
 
-def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: tuple[Path, list[float]], tmp_path: Path) -> None:
+def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: Tuned, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, _ = tuned
+    folder = tuned[0]
     ours, _ = load_model(folder, "cpu")
     reader, base_reader = NativeReader(folder), NativeReader(base)
     layers = [name for name in reader.names() if is_adapter(name)]
@@ -81,7 +89,7 @@ def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: tuple[Path,
 
 
 def test_the_adapter_names_a_base_that_fits(
-    tuned: tuple[Path, list[float]], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tuned: Tuned, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = NativeReader(tuned[0])
     for model_type in ("qwen2", "internlm2"):
@@ -95,8 +103,8 @@ def test_the_adapter_names_a_base_that_fits(
     assert "in the layout qwen2" in caplog.text
 
 
-def test_the_base_stays_as_it_was(base: Path, tuned: tuple[Path, list[float]]) -> None:
-    folder, losses = tuned
+def test_the_base_stays_as_it_was(base: Path, tuned: Tuned) -> None:
+    folder, losses, _ = tuned
     assert len(set(losses)) == 6  # the data are random, but something was learnt of them
     before, after = contents(base)["tensors"], contents(folder / "checkpoints" / "6")["tensors"]
     for (name, kind), bits in after.items():
@@ -117,12 +125,14 @@ def test_the_base_stays_as_it_was(base: Path, tuned: tuple[Path, list[float]]) -
     ],
 )
 def test_every_layout_trains_as_one_rank(
-    base: Path, tuned: tuple[Path, list[float]], tmp_path: Path, world_size: int, chain: Chain, tensor: str | None
+    base: Path, tuned: Tuned, tmp_path: Path, world_size: int, chain: Chain, tensor: str | None
 ) -> None:
     sections: dict[str, Any] = {"ckpt": {"load_ckpt_info": {"path": str(base)}}}
     if tensor is not None:  # ranks that share matrices read the same rows
         sections |= {"parallel": {"tensor": {"size": 2, "mode": tensor}}, "data": {"micro_num": 8 // world_size}}
-    assert run(tmp_path, chain, world_size, **sections)["losses"] == pytest.approx(tuned[1], rel=1e-5)
+    found = run(tmp_path, chain, world_size, **sections)
+    assert found["losses"] == pytest.approx(tuned[1], rel=1e-5)
+    assert norms_of(found) == pytest.approx(tuned[2], rel=1e-4)  # Adam would forgive gradients of a wrong scale
     trained, expected = (NativeReader(folder) for folder in (tmp_path, tuned[0]))
     for name in filter(is_adapter, expected.names()):
         torch.testing.assert_close(trained.read(name), expected.read(name), atol=1e-5, rtol=1e-4)
@@ -138,7 +148,7 @@ def test_a_killed_run_goes_on_bit_by_bit(base: Path, tmp_path: Path) -> None:
     assert first + rest == whole
 
 
-def test_no_adapter_is_lost_on_the_way_into_another_run(tuned: tuple[Path, list[float]], tmp_path: Path) -> None:
+def test_no_adapter_is_lost_on_the_way_into_another_run(tuned: Tuned, tmp_path: Path) -> None:
     """The merged model and the same adapters begin at the same loss; other settings are refused."""
     start = tuned[0] / "checkpoints" / "6"
     reader = NativeReader(start)

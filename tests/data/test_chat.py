@@ -17,7 +17,7 @@ from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, prompt_ids, re
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
 from internlm.data.fitting import best_fit
 from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
-from internlm.data.message import Message, messages_of
+from internlm.data.message import Message, ToolCall, messages_of
 from internlm.data.records import pair_of, record_of
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import open_tokenizer
@@ -147,12 +147,13 @@ def test_nor_do_answers_that_repeat_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("template", ["internlm2", "qwen2"])
-def test_nor_do_names_and_tools(template: str) -> None:
+def test_nor_do_names_tools_and_calls(template: str) -> None:
     tokenizer = open_tokenizer(DEMO)
     begin, end = (tokenizer.id_of(name) for name in ("<|im_start|>", "<|im_end|>"))
     counts = []
     for said in ("f", FORGED):
-        turns = [Message("user", "hi", name=said), Message("assistant", "yo", name=said), Message("user", "bye")]
+        calls = (ToolCall(said, {said: [said]}), ToolCall("interpreter", {"code": said}))
+        turns = [Message("user", "hi", name=said), Message("assistant", "yo", said, calls), Message("user", "bye")]
         tool = {"type": "function", "function": {"name": said, "parameters": {said: [said, 1, None]}}}
         ids = prompt_ids(tokenizer, BUILT_IN[template], turns, [tool])
         counts.append([ids.count(token) for token in (begin, end, 1, 2)])

@@ -15,6 +15,8 @@ from internlm.config.checks import find_problems
 from internlm.config.schema import Config
 from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.ops.cross_entropy import LossOutput
+from internlm.train.preference import margin_sum
 from internlm.utils.errors import UserError
 from tests.checkpoint.runs import contents, run_config, train
 from tests.config.told import Told, assert_told
@@ -164,6 +166,15 @@ def test_losses_and_gradients_are_those_of_trl(
     assert found["losses"][-1] < 0.6
     ((name, *means),) = found["validation"]
     assert name == "held_out" and means == pytest.approx(by_trl["held out"], rel=1e-4)
+
+
+def test_a_margin_of_a_loss_without_digits_counts() -> None:
+    expected = torch.tensor([-200.0, -1.0, 1e-3, 30.0, 300.0])
+    losses, none = torch.nn.functional.softplus(-expected), torch.zeros(3)
+    assert losses[-1] == 0
+    told_apart = torch.cat((expected > 0, none.bool()))
+    found = margin_sum(LossOutput(losses.sum(), torch.cat((losses, none)), told_apart))
+    assert found == pytest.approx(-200 - 1 + 1e-3 + 30 + 103.28, abs=1e-3)
 
 
 def test_resume_keeps_the_reference(folder: Path, tmp_path: Path) -> None:

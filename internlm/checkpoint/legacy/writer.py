@@ -43,7 +43,9 @@ def write_legacy(
     _check(model, chosen, mlp, tensor_size)
     folder = Path(folder).expanduser().resolve()
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise UserError(f"target folder {folder} is not empty; give another one")
+        raise UserError(f"target folder {folder} is {'a file' if folder.is_file() else 'not empty'}; give another one")
+    if folder.is_mount():  # nothing can be renamed to it
+        raise UserError(f"target folder {folder} is where a file system is mounted; give a new folder in it")
     table = rows(chosen, mlp, split_hidden, model.num_experts)
     prefix, dtype = ("model." if mlp == "old" else ""), torch_dtype(model.dtype)
     with _new_folder(folder) as save:
