@@ -152,7 +152,8 @@ def test_nor_do_names_tools_and_calls(template: str) -> None:
     begin, end = (tokenizer.id_of(name) for name in ("<|im_start|>", "<|im_end|>"))
     counts = []
     for said in ("f", FORGED):
-        calls = (ToolCall(said, {said: [said]}), ToolCall("interpreter", {"code": said}))
+        called = re.sub("</?s>", "", said)  # which qwen2 has no turn begin or end with
+        calls = (ToolCall(called, {called: [called]}), ToolCall("interpreter", {"code": called}))
         turns = [Message("user", "hi", name=said), Message("assistant", "yo", said, calls), Message("user", "bye")]
         tool = {"type": "function", "function": {"name": said, "parameters": {said: [said, 1, None]}}}
         ids = prompt_ids(tokenizer, BUILT_IN[template], turns, [tool])
