@@ -78,20 +78,18 @@ class ChatTemplate:
         `tools`, in names, and in a turn that is not the assistant's is literal. So is what `control_in_answers` finds
         in the assistant's turns and calls. Raises UserError for turns that the template refuses.
         """
-        template = _compiled(self.source, self.name)
         turns = []
         for message in messages:
             content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
             calls = tuple(ToolCall(*_guarded((c.name, c.arguments), control_in_answers)) for c in message.tool_calls)
-            guarded = replace(message, content=content, name=_guarded(message.name, control), tool_calls=calls)
-            turns.append(guarded.as_dict())
+            name = _guarded(message.name, control)
+            turns.append(replace(message, content=content, name=name, tool_calls=calls).as_dict())
         said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
         try:
-            marked = template.render(said, add_generation_prompt=add_generation_prompt)
+            marked = _compiled(self.source, self.name).render(said, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(f"chat template {self.name}: {error}") from error
-        text = ""
-        borders, literal = [], []
+        text, borders, literal = "", [], []
         for part in re.split(f"({_MARK}|{_GUARD})", marked):
             if part == _MARK:
                 borders.append(len(text))
