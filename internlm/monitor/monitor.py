@@ -1,6 +1,5 @@
 """One listener for the loop: hands each report to console, metrics.jsonl, answers, TensorBoard and the loss curve."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from internlm.monitor.slow_ranks import SlowRanks
 from internlm.monitor.tensorboard import TensorBoard
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
-from internlm.utils.logger import get_logger, log_once
+from internlm.utils.errors import UserError, writing
+from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
@@ -49,6 +49,7 @@ class Monitor:
     ) -> None:
         self.stop_reason: str | None = None  # of a run that ends before its last step
         self.listeners: list[Listener] = []
+        self._lost: dict[str, str] = {}  # by the kind of listener, why it could not write
         self.alert = Alert(config, rank)
         stuck_after = config.monitor.stuck_after
         self.watchdog = Watchdog(stuck_after, self.alert.send) if stuck_after else None
@@ -57,6 +58,10 @@ class Monitor:
             self.slow_ranks = SlowRanks(config.monitor, rank, ranks, self.alert.send)
         if rank != 0:
             return
+        with writing(f"outputs in run_dir = {str(run_dir)!r}"):
+            self._open(config, run_dir, start_step)
+
+    def _open(self, config: Config, run_dir: Path, start_step: int) -> None:
         metrics = MetricsFile(run_dir / "metrics.jsonl", start_step)
         self.listeners = [metrics, LossPlot(run_dir / "loss.png", metrics.history)]
         if config.evaluation.prompts:
@@ -75,14 +80,14 @@ class Monitor:
             return
         self.alert.report(report)
         for listener in self.listeners:
-            with _spared(listener):
+            with self._spared(listener):
                 listener.report(report)
 
     def close(self) -> None:
         """Close all outputs; a second call does nothing."""
         listeners, self.listeners = self.listeners, []
         for listener in reversed(listeners):
-            with _spared(listener):
+            with self._spared(listener):
                 listener.close()
         if self.watchdog is not None:
             self.watchdog.close()
@@ -93,12 +98,19 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
         self.alert.ended(kind, error, tb, self.stop_reason)
+        if self._lost and kind is None and self.stop_reason != "SIGTERM":  # which has an exit code of its own
+            raise UserError(
+                f"the run came to its end, but outputs have gaps: {'; '.join(self._lost.values())}. Make room there; "
+                "checkpoints are whole"
+            )
 
-
-@contextmanager
-def _spared(listener: Listener) -> Iterator[None]:
-    """A full disk costs curves, not the run, nor the error by which it ends."""
-    try:
-        yield
-    except OSError as error:
-        log_once(logger, f"{type(listener).__name__} can't write, and leaves it out: {error}", logging.WARNING)
+    @contextmanager
+    def _spared(self, listener: Listener) -> Iterator[None]:
+        """A full disk costs curves, not the run, nor the error by which it ends."""
+        try:
+            yield
+        except OSError as error:
+            name = type(listener).__name__
+            if name not in self._lost:
+                logger.warning(f"{name} can't write, the run goes on: {error}")
+            self._lost.setdefault(name, f"{name}: {error}")

@@ -6,6 +6,7 @@ Code logs as if it were alone: INFO appears once (from rank 0), WARNING and abov
 import logging
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -53,6 +54,28 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
         raise AttributeError("the stream follows sys.stdout")
 
 
+class _FileHandler(logging.FileHandler):
+    """Opened at the first line, so that ranks without warnings never touch the (often shared) file.
+
+    A full disk is told of once, not by a traceback a line; the terminal still has them all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, mode="a", encoding="utf-8", delay=True)
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 class _Early(logging.Handler):
     """Keeps the lines that come before the file is known."""
 
@@ -83,8 +106,7 @@ def setup_logging(rank: int, world_size: int, log_file: Path | None = None) -> N
         handlers.append(_Early())
     else:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        # Opened at the first line, so that ranks without warnings never touch the (often shared) file.
-        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8", delay=True))
+        handlers.append(_FileHandler(log_file))
         handlers[-1].setFormatter(formatter)
         for record in early:
             handlers[-1].handle(record)

@@ -1,6 +1,7 @@
 """Outputs of a run: what the files hold, after one process and after a resume."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from internlm.monitor.metrics_file import MetricsFile
 from internlm.monitor.monitor import Monitor
 from internlm.monitor.profiler import traced
 from internlm.train.metrics import StepReport, TypeMetrics, ValidReport
+from internlm.utils.errors import UserError
 from internlm.utils.logger import setup_logging
 from tests.train.tiny import make_config
 
@@ -63,6 +65,20 @@ def test_a_full_disk_costs_an_output_and_neither_the_run_nor_its_error(run_dir: 
     assert [line["loss"] for line in lines_of(run_dir / "metrics.jsonl")] == [3.0]
     told = capsys.readouterr().out
     assert told.count("FullDisk can't write") == 1 and "No space left on device" in told
+    gaps = r"outputs have gaps: FullDisk: .*No space left on device"
+    with pytest.raises(UserError, match=gaps), Monitor(config_with_total(3), run_dir) as monitor:
+        monitor.listeners.append(FullDisk())
+    with pytest.raises(UserError, match=r"outputs in run_dir = '.*/train.log' can't be written"):
+        Monitor(config_with_total(3), run_dir / "train.log")
+
+
+def test_a_log_on_a_full_disk_says_so_once(run_dir: Path, capsys) -> None:
+    setup_logging(0, 1, Path("/dev/full"))
+    for number in range(3):
+        logging.getLogger("internlm.test").info("line %d", number)
+    told = capsys.readouterr()
+    assert told.out.count("line") == 3
+    assert told.err.count("/dev/full can't be written") == 1 and "Traceback" not in told.err
 
 
 def test_a_run_leaves_metrics_curve_tensorboard_and_log(run_dir: Path) -> None:
