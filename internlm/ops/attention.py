@@ -7,13 +7,13 @@ Which kernel runs is decided here and nowhere else (`model.attn_backend`):
 
     sdpa    F.scaled_dot_product_attention: segments of one length as a batch in one call, else segment by segment;
             any device and dtype; on Hopper torch prefers cuDNN
-    flash4  the kernels of flash-attn-4, if that is installed; 16-bit on Hopper
+    flash4  the kernels of flash-attn-4, if that is installed and a trial succeeds; 16-bit on Hopper
     cudnn   ragged segments in one call of cuDNN, if nvidia-cudnn-frontend is installed; 16-bit on Hopper and later
     varlen  the same by the FlashAttention 2 that comes with torch; 16-bit on a GPU
     flash   flash_attn_varlen_func of the flash-attn package (3 if installed, else 2)
 
-"auto" takes flash4 where it applies; else sdpa for segments of one length, and for ragged ones the first that applies
-of cudnn, flash with version 3, varlen. benchmarks/README.md has what each achieves.
+"auto" takes flash4 for heads of 64 and 128; else, or where that can't run, sdpa for segments of one length, and for
+ragged ones the first that applies of cudnn, flash with version 3, varlen. benchmarks/README.md has what each achieves.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.ops import attention_flash
-from internlm.ops.attention_flash import flash4_applies, flash_attn_varlen_func, flash_attn_version
+from internlm.ops.attention_flash import SIXTEEN_BIT, flash4_applies, flash_attn_varlen_func, flash_attn_version
 from internlm.ops.attention_ragged import cudnn_applies, ragged_attention
 from internlm.ops.segments import Segments
 from internlm.utils.errors import UserError
@@ -41,13 +41,28 @@ def prepare_attention(backend: Backend, device: torch.device, dtype: torch.dtype
     """
     if device.type != "cuda":
         return
-    if backend in ("auto", "flash4"):
-        problem = attention_flash.load_flash4()
-        if problem and backend == "flash4":
-            raise UserError(f'model.attn_backend = "flash4": {problem}; its package is in the extra gpu')
     if backend == "auto":
+        if dtype in SIXTEEN_BIT:
+            attention_flash.load_flash4()
         for uniform in (True, False):
             _log(*_choice(True, dtype, head_dim, uniform))
+    elif problem := _why_not(backend, dtype, head_dim):
+        raise UserError(f'model.attn_backend = "{backend}": {problem}; set "auto"')
+
+
+def _why_not(backend: Backend, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a backend that is asked for by name can't run on this GPU; "" if it can."""
+    if backend == "sdpa":
+        return ""
+    if dtype not in SIXTEEN_BIT:
+        return f"it takes 16-bit numbers, and model.dtype = {dtype}"
+    if backend == "flash4":
+        problem = attention_flash.load_flash4()
+        return f"{problem} (its package is in the extra gpu)" if problem else ""
+    if backend == "cudnn":
+        applies, reason = cudnn_applies(head_dim)
+        return "" if applies else reason
+    return "flash-attn is not installed" if backend == "flash" and flash_attn_varlen_func is None else ""
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -77,7 +92,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Back
 def choose_backend(q: Tensor, segments: Segments) -> Backend:
     """The backend for q [tokens, heads, head_dim]; the first time each reason occurs it is logged."""
     compiling = torch.compiler.is_compiling()
-    if q.is_cuda and not compiling:
+    if q.is_cuda and q.dtype in SIXTEEN_BIT and not compiling:
         attention_flash.load_flash4()
     backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.num_equal > 0)
     if not compiling:
@@ -92,13 +107,12 @@ def _log(backend: Backend, reason: str) -> None:
 def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> tuple[Backend, str]:
     if not on_gpu:
         return "sdpa", "no GPU"
-    sixteen_bit = dtype in (torch.float16, torch.bfloat16)
-    applies, flash4_reason = flash4_applies(head_dim)
-    if applies and sixteen_bit:
+    applies, flash4_reason = flash4_applies(dtype, head_dim)
+    if applies:
         return "flash4", f"{'segments of one length' if uniform else 'ragged segments'}, {flash4_reason}"
     if uniform:
         return "sdpa", f"segments of one length make a batch; not flash4: {flash4_reason}"
-    if not sixteen_bit:
+    if dtype not in SIXTEEN_BIT:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
     if head_dim % 8 or head_dim > 256:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"

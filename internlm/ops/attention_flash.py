@@ -2,13 +2,14 @@
 
 The function of the former is called as it is. The latter has kernels for Hopper in CuTe DSL, compiled at their first
 use. Its functions for autograd can't be traced by torch.compile, so the two below them that launch kernels are called
-here, behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta: their
-arguments are compared with what they are given here when they are loaded, and attention goes without them if they
-differ.
+here, behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta with a
+compiler below it: when they are loaded their arguments are compared with what they are given here, and a short row is
+tried. If either fails attention goes without them.
 
 Segments of one length go in as a batch, whose backward is 4 % faster than that of ragged segments.
 """
 
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -39,6 +40,11 @@ _RAGGED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _FORWARD = ("q", "k", "v", "causal", "return_lse", *_RAGGED)
 _BACKWARD = ("q", "k", "v", "out", "dout", "lse", "causal", *_RAGGED)
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+# Sizes of heads with which it was measured to be faster than cuDNN (benchmarks/README.md): by 5 to 13 % with 128 but for
+# many short rows that share key/value heads (2 % slower), by 21 to 24 % with 64.
+FASTEST = (64, 128)
+
 _kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 _reason = ""  # why there are none; empty before they were looked for
 
@@ -53,8 +59,9 @@ def load_flash4() -> str:
     if _kernels is None and not _reason:
         try:
             _kernels = _find()
-        except Exception as error:  # a beta with a compiler below it: whatever is wrong with it, others take its place
-            _reason = f"flash-attn-4 can't be used: {error}"
+            _try()
+        except Exception as error:  # whatever is wrong with it, others take its place
+            _kernels, _reason = None, f"flash-attn-4 can't be used: {str(error) or type(error).__name__}"
     return _reason
 
 
@@ -69,6 +76,8 @@ def _find() -> tuple[Callable[..., Any], Callable[..., Any]]:
     set_default("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
+    # Of an argument that is empty here, and left out: nothing that a user could mend.
+    warnings.filterwarnings("ignore", r"Argument aux_data \(position \d+\) cannot be converted", UserWarning)
     for function, names in ((_flash_attn_fwd, _FORWARD), (_flash_attn_bwd, _BACKWARD)):
         missing = set(names) - set(signature(function).parameters)
         if missing:
@@ -76,12 +85,26 @@ def _find() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return _flash_attn_fwd, _flash_attn_bwd
 
 
-def flash4_applies(head_dim: int) -> tuple[bool, str]:
+@torch.no_grad()
+def _try() -> None:
+    """Compiles both kernels and looks at what they do, which a driver, or a compiler of another release, may spoil."""
+    x = torch.arange(24 * 4 * 128.0, device="cuda").sin().view(24, 4, 128).bfloat16()  # a run's random numbers stay
+    starts, ends = [0, 1, 8, 9, 10], torch.tensor((0, 1, 8, 9, 10, 24), dtype=torch.int32, device="cuda")
+    out, lse = forward(x, x, x, ends, 5, 14)
+    grads = torch.stack(backward(x, x, x, x, out, lse, ends, 5, 14))
+    # the first token of a segment sees nothing but itself
+    if not torch.allclose(out[starts], x[starts], atol=3e-2) or not grads.isfinite().all():
+        raise RuntimeError("a trial's result is wrong")
+
+
+def flash4_applies(dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
     """Whether it was measured to be the fastest that runs here, and why or why not."""
+    if dtype not in SIXTEEN_BIT:
+        return False, f"flash-attn-4 doesn't take {dtype}"
     if _kernels is None:
         return False, _reason or "flash-attn-4 was not looked for"
-    if head_dim != 128:
-        return False, f"flash-attn-4 was measured with heads of size 128, not {head_dim}"
+    if head_dim not in FASTEST:
+        return False, f"flash-attn-4 was measured with heads of size 64 and 128, not {head_dim}"
     return True, "flash-attn-4 is installed"
 
 

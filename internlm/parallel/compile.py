@@ -10,6 +10,7 @@ products that follow them: a pass at the speed of memory for 4 bytes a token and
 """
 
 import logging
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -35,16 +36,17 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
         unheard = config.model.compile is True  # what was asked for and isn't done is worth a warning
         log_once(logger, f"blocks are not compiled: {problem}", logging.WARNING if unheard else logging.INFO)
         return
-    # The compiler keeps by default what a matrix product of the backward reads.
-    from torch._functorch import config as functorch  # here, as compiling needs it anyway: 1.6 s
-
-    functorch.ban_recompute_materialized_backward = config.model.checkpoint not in NORMS_AGAIN
     blocks = [block for block in layers if isinstance(block, Block)]
     whole_graph = config.model.attn_backend != "flash"  # a call that can't be traced parts a block's graph in two
     # Not `torch.compile(block.forward)`: one function for all blocks is compiled once for all.
     compiled = torch.compile(_run, fullgraph=whole_graph, dynamic=False)
+    # The compiler keeps by default what a matrix product of the backward reads. Set around the calls that compile, as
+    # other models of this process may want it otherwise.
+    from torch._functorch import config as functorch  # here, as compiling needs it anyway: 1.6 s
+
+    keeping = functorch.patch(ban_recompute_materialized_backward=config.model.checkpoint not in NORMS_AGAIN)
     for block in blocks:
-        replace_forward(block, partial(_compiled_forward, compiled, block.forward))
+        replace_forward(block, partial(_compiled_forward, compiled, keeping, block.forward))
     log_once(logger, f"{len(blocks)} of {len(layers)} blocks are compiled (model.compile={config.model.compile!r})")
 
 
@@ -70,9 +72,17 @@ def _run(forward: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) 
 
 
 def _compiled_forward(
-    compiled: Any, forward: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None, cache: Any = None
+    compiled: Any,
+    keeping: AbstractContextManager[None],
+    forward: Any,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    segments: Segments | None,
+    cache: Any = None,
 ) -> Tensor:
     if segments is None:  # decoding: shapes differ from call to call
         return forward(x, cos, sin, None, cache)
     torch._dynamo.mark_dynamic(segments.cu_seqlens, 0)  # read by none but the opaque operation
-    return compiled(forward, x, cos, sin, segments)
+    with keeping:
+        return compiled(forward, x, cos, sin, segments)

@@ -151,6 +151,8 @@ class Kept:
         return self._buffer.view(self._dtype).view(self._shape)
 
     def __del__(self) -> None:
+        if self._coming is not None:  # nobody came for it: a backward that was given up
+            self._coming.wait()
         if self._buffer is not None:
             self._lane.buffers.give_back(self._buffer)
 

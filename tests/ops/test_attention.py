@@ -1,6 +1,7 @@
 """Every attention backend against the explicit softmax, forward and backward."""
 
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -98,7 +99,7 @@ def test_gpu_fp32_agrees_with_reference():
 
 def test_choice(monkeypatch):
     bf16 = torch.bfloat16
-    monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (False, "why"))
+    monkeypatch.setattr(room, "flash4_applies", lambda dtype, head_dim: (False, "why"))
     assert room._choice(False, bf16, 128, False)[0] == "sdpa"
     assert room._choice(True, bf16, 128, True)[0] == "sdpa"
     assert room._choice(True, torch.float32, 128, False)[0] == "sdpa"
@@ -108,16 +109,25 @@ def test_choice(monkeypatch):
 
 def test_order_of_kernels_for_ragged_segments(monkeypatch):
     def choice(flash4: bool, cudnn: bool, flash: int) -> str:
-        monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (flash4, "why"))
+        monkeypatch.setattr(attention_flash, "_kernels", (None, None) if flash4 else None)
         monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (cudnn, "why"))
         monkeypatch.setattr(room, "flash_attn_version", flash)
         return room._choice(True, torch.bfloat16, 128, False)[0]
 
     order = [choice(True, True, 3), choice(False, True, 3), *(choice(False, False, flash) for flash in (3, 2, 0))]
     assert order == ["flash4", "cudnn", "flash", "varlen", "varlen"]
-    monkeypatch.setattr(room, "flash4_applies", lambda head_dim: (True, "why"))
-    assert room._choice(True, torch.bfloat16, 128, True)[0] == "flash4"
-    assert room._choice(True, torch.float32, 128, True)[0] == "sdpa"
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_flash4_is_chosen_where_it_was_measured_to_be_the_fastest(monkeypatch, uniform):
+    monkeypatch.setattr(attention_flash, "_kernels", (None, None))
+    monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (True, "why"))
+    for dtype in (torch.bfloat16, torch.float16):
+        chosen = {size: room._choice(True, dtype, size, uniform)[0] for size in (64, 96, 128, 256)}
+        assert chosen == {64: "flash4", 96: chosen[96], 128: "flash4", 256: chosen[96]}
+        assert chosen[96] == ("sdpa" if uniform else "cudnn")
+    backend, reason = room._choice(True, torch.float32, 128, uniform)
+    assert backend == "sdpa" and "don't take torch.float32" in reason.replace("doesn't", "don't")
 
 
 def test_flash_when_installed(monkeypatch):
@@ -159,24 +169,85 @@ def test_flash4_when_installed(monkeypatch, lengths):
     assert_agrees(lengths, 4, 2, 16, "flash4", "cpu", torch.float32, 1e-5)
 
 
-def test_flash4_is_done_without_where_it_is_another(monkeypatch):
-    """A release of flash-attn-4 that takes other arguments is no reason to fail, unless it is asked for by name."""
+@pytest.fixture
+def package(monkeypatch):
+    """A flash-attn-4 on a Hopper GPU, whose kernels are `_flash_attn_fwd` and `_flash_attn_bwd` of what is returned."""
     package = ModuleType("flash_attn.cute.interface")
-    package._flash_attn_fwd = lambda q, k, v, causal: None
-    package._flash_attn_bwd = None
     for name, module in (("flash_attn", package), ("flash_attn.cute", package), (package.__name__, package)):
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(attention_flash, "_kernels", None)
     monkeypatch.setattr(attention_flash, "_reason", "")
     monkeypatch.setattr(attention_flash, "version", lambda name: "5.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")
-    gpu = torch.device("cuda")
-    prepare_attention("sdpa", gpu, torch.bfloat16, 128)
+    return package
+
+
+GPU = torch.device("cuda")
+
+
+def test_flash4_is_done_without_where_it_is_another(package):
+    """A release of flash-attn-4 that takes other arguments is no reason to fail, unless it is asked for by name."""
+    package._flash_attn_fwd = lambda q, k, v, causal: None
+    package._flash_attn_bwd = None
+    prepare_attention("sdpa", GPU, torch.bfloat16, 128)
+    prepare_attention("auto", GPU, torch.float32, 128)
     assert attention_flash._reason == ""  # not looked for
     with pytest.raises(UserError, match=r'attn_backend = "flash4": .* release 5.0 takes no cu_seqlens_k, .*return_lse'):
-        prepare_attention("flash4", gpu, torch.bfloat16, 128)
-    assert not attention_flash.flash4_applies(128)[0]
+        prepare_attention("flash4", GPU, torch.bfloat16, 128)
+    assert not attention_flash.flash4_applies(torch.bfloat16, 128)[0]
     assert room._choice(True, torch.bfloat16, 128, True)[0] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [("", ""), ("raises", "no ptxas"), ("zeros", "a trial's result is wrong"), ("nan", "a trial's result is wrong")],
+)
+def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, broken, expected):
+    """Found before the first step: where a package is there, its compiler may still not fit this machine."""
+
+    def forward(q, k, v, causal, return_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        if broken == "raises":
+            raise RuntimeError("no ptxas")
+        out, lse = part_attention(q, k, v, Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist())))
+        return out.to(q.dtype) * (broken != "zeros"), lse
+
+    def backward(q, k, v, out, dout, lse, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        warnings.warn("Argument aux_data (position 27) cannot be converted to a JitArgument for function 'f'.")
+        warnings.warn("Argument mQ (position 1) cannot be converted to a JitArgument for function 'f'.")
+        segments = Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist()))
+        grads = part_attention_backward(dout, q, k, v, out, lse, segments)
+        return [x * (float("nan") if broken == "nan" else 1) for x in grads]
+
+    package._flash_attn_fwd, package._flash_attn_bwd = forward, backward
+    for name in ("arange", "tensor"):  # which the trial makes on the GPU
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **{**k, "device": None}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problem = attention_flash.load_flash4()
+    assert problem == (f"flash-attn-4 can't be used: {expected}" if expected else "")
+    assert [str(warning.message)[:11] for warning in caught] == ["Argument mQ"] * (broken != "raises")
+    applies, reason = attention_flash.flash4_applies(torch.bfloat16, 64)
+    assert applies == (not expected) and expected in reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size", "expected"),
+    [
+        ("flash4", torch.float32, 128, "it takes 16-bit numbers, and model.dtype = torch.float32"),
+        ("varlen", torch.float32, 128, "it takes 16-bit numbers, and model.dtype = torch.float32"),
+        ("flash", torch.bfloat16, 128, "flash-attn is not installed"),
+        ("cudnn", torch.bfloat16, 160, "heads of size 160"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_the_first_step(monkeypatch, backend, dtype, size, expected):
+    monkeypatch.setattr(room, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (head_dim <= 128, f"heads of size {head_dim}"))
+    for fine in ("sdpa", "varlen", "cudnn"):
+        prepare_attention(fine, GPU, torch.bfloat16, 128)
+    with pytest.raises(UserError, match=f'model.attn_backend = "{backend}": {expected}; set "auto"'):
+        prepare_attention(backend, GPU, dtype, size)
 
 
 def test_packed_gradient_stays_in_its_segment():

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._functorch import config as functorch
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
@@ -34,6 +35,7 @@ def train(rank: int, world_size: int, chain: Chain, compiled: bool, kind: Any) -
         parallelize(model, config, mesh)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             steps = [train_step(model, engine, mesh, step, 2) for step in range(3)]
+        assert functorch.ban_recompute_materialized_backward  # other models of this process compile as they did
         tokens = ROWS // mesh.dp_size // 2 * ROW_LENGTH
         return steps, len(graphs), kept.count((tokens, config.model.hidden_size)) / (3 * 2 * 4)
     finally:

@@ -2,10 +2,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
-from internlm.parallel.offload import HostBuffers
+from internlm.parallel.offload import Copy, HostBuffers, Lane
 from internlm.parallel.parallelize import parallelize
 from tests.pool import run_ranks
 from tests.solver.tiny import CPU, Chain, build_engine, make_config, train_step
@@ -37,3 +38,13 @@ def test_recomputation_changes_time_and_not_results(chain: Chain) -> None:
         assert found == plain
         assert buffers == (3 if fraction == "offload" else 0)  # of all blocks but the last, used again and again
         assert calls == 3 * 2 * (4 + blocks)
+
+
+def test_a_copy_that_nobody_comes_for_is_waited_for() -> None:
+    """Of a backward that was given up: the memory that is still written to must not go to somebody else."""
+    lane = Lane()
+    kept = lane.keep(torch.ones(2, 3), stays=False)
+    kept.come()
+    with patch.object(Copy, "wait") as wait:
+        del kept
+    wait.assert_called_once()
