@@ -113,5 +113,6 @@ def losses_and_gradient_(
         smoothing > 0,
         BLOCK,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return losses, objective, correct

@@ -41,7 +41,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.empty((), device=x.device)
     out = torch.empty(rows, columns, dtype=dtype, device=x.device)
     out_t = torch.empty(columns, rows, dtype=dtype, device=x.device)
-    _largest[(triton.cdiv(x.numel(), BLOCK),)](x, largest, x.numel(), BLOCK, num_warps=8)
+    _largest[(triton.cdiv(x.numel(), BLOCK),)](x, largest, x.numel(), BLOCK, num_warps=8, enable_fp_fusion=True)
     grid = (triton.cdiv(columns, TILE), triton.cdiv(rows, TILE))
-    _cast[grid](x, largest, out, out_t, scale, rows, columns, torch.finfo(dtype).max, TILE, num_warps=8)
+    limit = torch.finfo(dtype).max
+    _cast[grid](x, largest, out, out_t, scale, rows, columns, limit, TILE, num_warps=8, enable_fp_fusion=True)
     return out, out_t, scale

@@ -89,4 +89,5 @@ def _launch(
     num_heads, half = kv_heads * rows, size // 2
     grid = (tokens, triton.cdiv(num_heads, HEADS))
     width = triton.next_power_of_2(half)
-    _split[grid](qkv, q, k, v, cos, sin, num_heads, rows - 2, half, width, interleaved, back, HEADS)
+    sizes = num_heads, rows - 2, half, width
+    _split[grid](qkv, q, k, v, cos, sin, *sizes, interleaved, back, HEADS, enable_fp_fusion=True)

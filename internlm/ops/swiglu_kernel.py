@@ -44,7 +44,7 @@ def forward(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous gate_up [tokens, 2, size] -> [tokens, size]."""
     tokens, _, size = gate_up.shape
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    _forward[(tokens, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK)
+    _forward[(tokens, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK, enable_fp_fusion=True)
     return out
 
 
@@ -52,5 +52,5 @@ def backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """Gradient of gate_up from contiguous grad [tokens, size]."""
     tokens, _, size = gate_up.shape
     out = torch.empty_like(gate_up)
-    _backward[(tokens, triton.cdiv(size, BLOCK))](gate_up, grad, out, size, BLOCK)
+    _backward[(tokens, triton.cdiv(size, BLOCK))](gate_up, grad, out, size, BLOCK, enable_fp_fusion=True)
     return out

@@ -1,9 +1,13 @@
 """Every Triton kernel compiles for Hopper, on a CPU too: the interpreter lets much pass that the compiler refuses."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -23,8 +27,58 @@ KERNELS = {
 }
 
 
+def launch_all(rooms: dict[str, ModuleType]) -> None:
+    """Every kernel by the function that launches it."""
+    x, labels = torch.zeros(4, 2, 64), torch.zeros(4, dtype=torch.int64)
+    flat = [torch.zeros(8) for _ in range(5)]
+    rooms["cross_entropy_kernel"].losses_and_gradient_(x[:, 0], labels, 0.0, 0.0, 1.0, True)
+    rooms["adamw_kernel"].launch(*flat, 8, None, None)
+    rooms["fp8_kernel"].cast(x[:, 0], torch.float8_e4m3fn)
+    rooms["rotary_kernel"].forward(torch.zeros(4, 2, 3, 8), torch.zeros(4, 4), torch.zeros(4, 4), False)
+    rooms["swiglu_kernel"].forward(x)
+    rooms["swiglu_kernel"].backward(x, x[:, 0])
+
+
+def options_of_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {}
+
+    class Recorder:
+        def __init__(self, kernel: str) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **given: options.update({self.kernel: given})
+
+    rooms = {room: importlib.import_module(f"internlm.ops.{room}") for room in {k.split(".")[0] for k in KERNELS}}
+    with monkeypatch.context() as patch:
+        for kernel in KERNELS:
+            room, name = kernel.split(".")
+            patch.setattr(rooms[room], name, Recorder(kernel))
+        launch_all(rooms)
+    return options
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles(kernel: str) -> None:
+def test_compiles(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the options of its launch, to the same code whatever Triton contracts by default; AdamW's not at all."""
+    options = options_of_launches(monkeypatch)[kernel]
+    contracts = not kernel.startswith("adamw")
+    assert options["enable_fp_fusion"] == contracts
+    codes = []
+    for default in ("0", "1") if kernel.startswith("adamw") else ("0",):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+        codes.append(compiled(kernel, options))
+    assert ".target sm_90" in codes[0] and len(set(codes)) == 1
+    assert contracts or "fma." not in codes[0]
+
+
+def test_without_its_option_adamw_would_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    assert "fma." in compiled("adamw_kernel._adamw", {})
+
+
+def compiled(kernel: str, options: dict[str, Any]) -> str:
+    """Its PTX."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -33,8 +87,8 @@ def test_compiles(kernel: str) -> None:
     arguments = dict(zip(function.arg_names, KERNELS[kernel], strict=True))
     signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in arguments.items()}
     constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
-    compiled = triton.compile(ASTSource(function, signature, constants), target=GPUTarget(*HOPPER))
-    assert ".target sm_90" in compiled.asm["ptx"]
+    source = ASTSource(function, signature, constants)
+    return triton.compile(source, target=GPUTarget(*HOPPER), options=options).asm["ptx"]
 
 
 def test_no_kernel_is_left_out() -> None:
