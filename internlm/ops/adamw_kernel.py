@@ -1,8 +1,8 @@
 """The Triton kernel of `adamw.py`: one pass over parameter, gradient, moments and master.
 
 Contraction to fused multiply-add is off, and division and square root are the correctly rounded ones, so that results
-equal those of the torch path bit for bit. Both cost nothing: the kernel waits for memory. (Every launch of a kernel here
-says whether it contracts: Triton's default changes, and an environment variable sets it.)
+equal those of the torch path bit for bit. Both cost nothing: the kernel waits for memory. (Every launch of a kernel in
+this folder says whether it contracts: Triton's default changes, and an environment variable sets it.)
 """
 
 import torch

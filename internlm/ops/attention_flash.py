@@ -41,8 +41,8 @@ _FORWARD = ("q", "k", "v", "causal", "return_lse", *_RAGGED)
 _BACKWARD = ("q", "k", "v", "out", "dout", "lse", "causal", *_RAGGED)
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-# Sizes of heads with which it was measured to be faster than cuDNN (benchmarks/README.md): by 5 to 13 % with 128 but for
-# many short rows that share key/value heads (2 % slower), by 21 to 24 % with 64.
+# Sizes of heads with which it was measured to be faster than cuDNN (benchmarks/README.md): by 5 to 13 % with 128, but
+# for rows of 1,024 with shared key/value heads (2 % slower), and by 21 to 24 % with 64.
 FASTEST = (64, 128)
 
 _kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None

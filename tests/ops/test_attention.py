@@ -213,8 +213,8 @@ def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, bro
         return out.to(q.dtype) * (broken != "zeros"), lse
 
     def backward(q, k, v, out, dout, lse, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        warnings.warn("Argument aux_data (position 27) cannot be converted to a JitArgument for function 'f'.")
-        warnings.warn("Argument mQ (position 1) cannot be converted to a JitArgument for function 'f'.")
+        for name in ("aux_data", "mQ"):
+            warnings.warn(f"Argument {name} (position 21) cannot be converted to a JitArgument for f.", stacklevel=1)
         segments = Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist()))
         grads = part_attention_backward(dout, q, k, v, out, lse, segments)
         return [x * (float("nan") if broken == "nan" else 1) for x in grads]

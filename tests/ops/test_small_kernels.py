@@ -55,7 +55,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         self.grids.append(grid)
-        return lambda *arguments: None
+        return lambda *arguments, **options: None
 
 
 def test_long_rows_fit_the_grid(monkeypatch):
