@@ -147,8 +147,11 @@ def test_batches_that_were_made_otherwise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows of a batch \(data.micro_num \* data ranks\): 4 in .*, 8 in this run"):
         check_batches(reader, config, readers=2)
     data = config.data.model_copy(update={"seed": 5, "rampup_batch_size": "1 1 1"})
-    with pytest.raises(UserError, match=r"seed: 1024 in .*, 5 in(.|\n)*rampup_batch_size: '' in .*, '1 1 1' in"):
-        check_batches(reader, config.model_copy(update={"data": data}), readers=1)
+    for no_ramp in ("", None):
+        sampler = torch.load(tmp_path / "old" / "sampler.pt", weights_only=False)
+        torch.save({**sampler, "raw_rampup_batch_size": no_ramp}, tmp_path / "old" / "sampler.pt")
+        with pytest.raises(UserError, match=r"seed: 1024 in .*, 5 in(.|\n)*rampup_batch_size: '' in .*, '1 1 1' in"):
+            check_batches(reader, config.model_copy(update={"data": data}), readers=1)
 
 
 def test_content_is_what_is_taken(tmp_path: Path) -> None:

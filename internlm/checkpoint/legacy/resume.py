@@ -169,7 +169,10 @@ def check_batches(reader: LegacyReader, config: Config, readers: int) -> None:
             saved["batch_size"] * saved["data_world_size"] if "batch_size" in saved else None,
             config.data.micro_num * readers,
         ),
-        "data.rampup_batch_size": (saved.get("raw_rampup_batch_size"), config.data.rampup_batch_size),
+        "data.rampup_batch_size": (
+            saved["raw_rampup_batch_size"] or "" if "raw_rampup_batch_size" in saved else None,  # None or "": no ramp
+            config.data.rampup_batch_size,
+        ),
     }
     different = [
         f"{key}: {old!r} in the checkpoint, {new!r} in this run"
