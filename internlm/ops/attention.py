@@ -56,6 +56,8 @@ def _why_not(backend: Backend, dtype: torch.dtype, head_dim: int) -> str:
         return ""
     if dtype not in SIXTEEN_BIT:
         return f"it takes 16-bit numbers, and model.dtype = {dtype}"
+    if not _takes_heads(head_dim):
+        return f"it takes no heads of size {head_dim}"
     if backend == "flash4":
         problem = attention_flash.load_flash4()
         return f"{problem} (its package is in the extra gpu)" if problem else ""
@@ -104,6 +106,11 @@ def _log(backend: Backend, reason: str) -> None:
     log_once(logger, f"attention: {backend} ({reason})")
 
 
+def _takes_heads(head_dim: int) -> bool:
+    """Whether any kernel but sdpa's does."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
 def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> tuple[Backend, str]:
     if not on_gpu:
         return "sdpa", "no GPU"
@@ -114,7 +121,7 @@ def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> t
         return "sdpa", f"segments of one length make a batch; not flash4: {flash4_reason}"
     if dtype not in SIXTEEN_BIT:
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take {dtype}"
-    if head_dim % 8 or head_dim > 256:
+    if not _takes_heads(head_dim):
         return "sdpa", f"segment by segment: the kernels for ragged segments don't take heads of size {head_dim}"
     applies, reason = cudnn_applies(head_dim)
     if applies:

@@ -51,7 +51,8 @@ def _run(lane: "Lane", forward: Callable[..., Any], width: int, first: bool, sta
         lane.newest = None
 
     def keep(tensor: Tensor) -> "Tensor | Kept":
-        if tensor.shape[1:].numel() != width or not tensor.is_contiguous():
+        # numbers of a byte: the weight that fp8 keeps, which may be as wide
+        if tensor.shape[1:].numel() != width or not tensor.is_contiguous() or tensor.itemsize == 1:
             return tensor
         return lane.keep(tensor, stays)
 

@@ -51,7 +51,9 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
     ]
     for blocks in chunks:
         recompute_blocks(blocks, config.model)
-    prepare_attention(config.model.attn_backend, mesh.device, torch_dtype(config.model.dtype), config.model.head_size)
+    if mesh.sizes["ring"] == 1:  # a ring has kernels of its own
+        dtype = torch_dtype(config.model.dtype)
+        prepare_attention(config.model.attn_backend, mesh.device, dtype, config.model.head_size)
     compile_blocks(model.layers, config, mesh)
     if config.model.checkpoint == "offload":
         offload_blocks(chunks)

@@ -4,6 +4,7 @@ import gc
 import logging
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -233,6 +234,13 @@ def test_what_was_asked_for_and_is_not_done_is_a_warning(overrides, expected, ca
         memory_per_rank(load_config(sized(), asked), 2)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and expected in warnings[0]
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_kernels_of_attention_are_not_told_where_a_ring_has_its_own(ring):
+    with patch("internlm.parallel.parallelize.prepare_attention") as prepare:
+        memory_per_rank(load_config(sized(), [f"parallel.context.ring={ring}"]), 2)
+    assert prepare.called == (ring == 1)
 
 
 def test_total_and_active_parameters_of_experts():

@@ -239,6 +239,7 @@ def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, bro
         ("varlen", torch.float32, 128, "it takes 16-bit numbers, and model.dtype = torch.float32"),
         ("flash", torch.bfloat16, 128, "flash-attn is not installed"),
         ("cudnn", torch.bfloat16, 160, "heads of size 160"),
+        ("varlen", torch.bfloat16, 100, "it takes no heads of size 100"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused_before_the_first_step(monkeypatch, backend, dtype, size, expected):

@@ -6,7 +6,7 @@ import torch
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
-from internlm.parallel.offload import Copy, HostBuffers, Lane
+from internlm.parallel.offload import Copy, HostBuffers, Kept, Lane
 from internlm.parallel.parallelize import parallelize
 from tests.pool import run_ranks
 from tests.solver.tiny import CPU, Chain, build_engine, make_config, train_step
@@ -38,6 +38,23 @@ def test_recomputation_changes_time_and_not_results(chain: Chain) -> None:
         assert found == plain
         assert buffers == (3 if fraction == "offload" else 0)  # of all blocks but the last, used again and again
         assert calls == 3 * 2 * (4 + blocks)
+
+
+def buffers_beside_fp8(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Shapes of what leaves in a step."""
+    config = make_config((1, 1, 1), 0.1, model={"num_layers": 3, "checkpoint": "offload", "fp8": True, "compile": False})
+    mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
+    model, engine = build_engine(config, mesh)
+    parallelize(model, config, mesh)
+    with patch.object(Kept, "leave", autospec=True, side_effect=Kept.leave) as leave:
+        train_step(model, engine, mesh, 0, 1)
+    return [tuple(call.args[0]._shape) for call in leave.call_args_list]
+
+
+def test_offloading_leaves_8_bit_weights_alone() -> None:
+    """A transposed w13 is as wide as its product."""
+    shapes = run_ranks(1, buffers_beside_fp8)[0]
+    assert [len(shape) for shape in shapes] == [3, 3]  # [tokens, 2, ffn] of all blocks but the last
 
 
 def test_a_copy_that_nobody_comes_for_is_waited_for() -> None:
