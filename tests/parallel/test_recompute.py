@@ -42,7 +42,7 @@ def test_recomputation_changes_time_and_not_results(chain: Chain) -> None:
 
 def buffers_beside_fp8(rank: int, world_size: int) -> list[tuple[int, int]]:
     """Shapes of what leaves in a step."""
-    config = make_config((1, 1, 1), 0.1, model={"num_layers": 3, "checkpoint": "offload", "fp8": True, "compile": False})
+    config = make_config((1, 1, 1), 0.1, model={"num_layers": 3, "checkpoint": "offload", "fp8": True})
     mesh = build_mesh(config.parallel, World(rank, rank, world_size, CPU))
     model, engine = build_engine(config, mesh)
     parallelize(model, config, mesh)
