@@ -47,9 +47,10 @@ def read_kernels(trace: Path) -> list[Kernel]:
 
 def communication_of(kernels: Sequence[Kernel]) -> Communication:
     """How long communication ran and how much of it is hidden; a wait inside a collective counts as communication."""
-    sent = [kernel for kernel in kernels if _kind(kernel["name"]) == "communication"]
-    computed = [kernel for kernel in kernels if _kind(kernel["name"]) != "communication"]
-    total, both = _covered(sent), _covered(sent) + _covered(computed) - _covered(kernels)
+    on_device = _without_host_copies(kernels)
+    sent = [kernel for kernel in on_device if _kind(kernel["name"]) == "communication"]
+    computed = [kernel for kernel in on_device if _kind(kernel["name"]) != "communication"]
+    total, both = _covered(sent), _covered(sent) + _covered(computed) - _covered(on_device)
     return Communication(_span(kernels) / 1000, total / 1000, both / 1000)
 
 
@@ -62,13 +63,18 @@ def kernel_table(trace: Path) -> str:
         by_kind[_kind(kernel["name"])] += kernel["dur"] / 1000
         by_name[kernel["name"]].append(kernel["dur"] / 1000)
     span = _span(kernels)
-    by_kind["idle"] = (span - _covered([kernel for kernel in kernels if _kind(kernel["name"]) != "host copies"])) / 1000
+    by_kind["idle"] = (span - _covered(_without_host_copies(kernels))) / 1000
     total = span / 1000
     lines = [f"traced {total:.1f} ms"]
     lines += [f"  {ms:9.1f} ms {ms / total:6.1%}  {kind}" for kind, ms in sorted(by_kind.items(), key=lambda x: -x[1])]
     longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:22]
     lines += [f"  {sum(times):9.1f} ms {len(times):6d} x  {name[:110]}" for name, times in longest]
     return "\n".join(lines)
+
+
+def _without_host_copies(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Those take none of the device's units of computation."""
+    return [kernel for kernel in kernels if _kind(kernel["name"]) != "host copies"]
 
 
 def _kind(name: str) -> str:

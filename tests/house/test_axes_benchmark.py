@@ -17,6 +17,7 @@ def test_communication_is_hidden_while_another_kernel_runs() -> None:
         kernel(send, 2, 5),  # hidden
         kernel(copy, 4, 7),  # hidden, and for one millisecond beside the other transfer
         kernel(send, 9, 14),  # for one of five
+        kernel("Memcpy DtoH (Device -> Pinned)", 10, 15),  # hides nothing
         kernel(multiply, 15, 16),
     ]
     assert communication_of(kernels) == pytest.approx((16, 10, 6))
