@@ -31,8 +31,8 @@ Python files that load it with trust_remote_code=True and give the model `chat` 
 internlm2, its published modeling_*.py files must be put beside it."""
 TEMPLATE_HELP = f"""chat template to put beside the tokenizer, so that chat engines know how turns are written: a name
 ({", ".join(BUILT_IN)}), a Jinja file or a Hugging Face folder. Its stop tokens go into generation_config.json, and the
-free pieces of InternLM2's tokenizer get the names it uses. none: no template. Default: the one that the run was
-trained with, if its data were conversations, else none."""
+free pieces of InternLM2's tokenizer get the names it uses. none: none but what a tokenizer's folder has itself.
+Default: the one that the run was trained with, if its data were conversations, else none."""
 DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
 model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
 
@@ -124,7 +124,8 @@ def template_for(asked: str | None, data: DataConfig, tokenizer: str | None) -> 
         template = template_of_data(data)
     except UserError as error:
         raise UserError(
-            f"the run's own chat template: {error} Or give --chat_template, or --chat_template none"
+            f"the run's own chat template: {error} Or give --chat_template, or --chat_template none, or as --tokenizer "
+            "the run's folder with both, where that has moved"
         ) from error
     logger.info(f"chat template of the run: {template.name}")
     return template

@@ -34,15 +34,20 @@ def write_native(named: Callable[[str], Tensor], config: Config, folder: str | P
     `config.model`. Raises UserError when the folder holds checkpoints already, is in use, or can't be written.
     """
     storage = Storage(str(folder))
-    if existing := list_checkpoints(storage):
-        raise UserError(f"{storage.url} holds checkpoints already ({existing[0][1]} ...); give another target folder")
+    _refuse_existing(storage)
     if not storage.is_local:  # object stores know no locks
         return _write(named, config, storage)
     with writing(f"target folder {storage.url}"):
         storage.make_folder("")
         lock = lock_folder(Path(storage.root), "target folder")
     with lock:
+        _refuse_existing(storage)  # another may have ended in between
         return _write(named, config, storage)
+
+
+def _refuse_existing(storage: Storage) -> None:
+    if existing := list_checkpoints(storage):
+        raise UserError(f"{storage.url} holds checkpoints already ({existing[0][1]} ...); give another target folder")
 
 
 def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> str:

@@ -4,19 +4,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from internlm.apis.generate import load_model
+from internlm.checkpoint import native_writer
 from internlm.checkpoint.legacy.writer import write_legacy
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import ModelConfig
 from internlm.utils.errors import UserError
+from internlm.utils.lock import lock_folder
 from tests.checkpoint import folders_2023 as old
-from tests.checkpoint.fake import full
+from tests.checkpoint.fake import full, make_config
 from tests.checkpoint.test_legacy import of_transformers
 from tests.model.tiny import random_batch
 from tests.utils.holder import held
@@ -126,6 +129,18 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     with held(tmp_path / "out"):
         assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out")]) == 2
     assert f"target folder = '{tmp_path / 'out'}' is in use by process" in capsys.readouterr().err
+
+
+def test_one_that_ends_just_before_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+
+    def lock_of_the_second(folder: Path, key: str) -> IO[bytes]:
+        (folder / "0").mkdir()
+        return lock_folder(folder, key)
+
+    monkeypatch.setattr(native_writer, "lock_folder", lock_of_the_second)
+    with pytest.raises(UserError, match="holds checkpoints already"):
+        native_writer.write_native(pytest.fail, config, tmp_path / "out")
 
 
 MEASURE = """
