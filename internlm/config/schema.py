@@ -111,7 +111,7 @@ class ModelConfig(Section):
     fp8: bool = Field(
         False,
         description="matrix products of the blocks in 8-bit floating point (GPUs from Hopper on): 1.4 times the speed "
-        "for the 7B; a loss some percent behind early in a run was seen (benchmarks/README.md)",
+        "for the 7B; what it does to the loss: benchmarks/README.md",
     )
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile each block; auto: on a GPU, where a block does not communicate"

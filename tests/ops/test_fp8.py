@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from internlm.ops.fp8 import E4M3, E5M2, cast_reference, fp8_linear
+from internlm.ops.fp8 import E4M3, cast_reference, fp8_linear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -19,7 +19,7 @@ def relative(ours, exact):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_value_and_gradients_are_near_exact(device):
-    """Errors of some percent and no more: E4M3 has 3 bits of mantissa, E5M2 has 2."""
+    """Errors of some percent and no more: E4M3 has 3 bits of mantissa."""
     torch.manual_seed(0)
     shapes = (64, 96), (80, 96), (80,)
     inputs = [torch.randn(shape, dtype=torch.bfloat16, device=device).requires_grad_() for shape in shapes]
@@ -29,19 +29,18 @@ def test_value_and_gradients_are_near_exact(device):
     out.backward(upstream)
     expected.backward(upstream.double())
     assert relative(out, expected) < 0.04 and out.dtype == torch.bfloat16
-    assert relative(inputs[0].grad, exact[0].grad) < 0.08
-    assert relative(inputs[1].grad, exact[1].grad) < 0.08
+    assert relative(inputs[0].grad, exact[0].grad) < 0.04
+    assert relative(inputs[1].grad, exact[1].grad) < 0.04
     assert relative(inputs[2].grad, exact[2].grad) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_cast_uses_the_whole_range(dtype):
+def test_cast_uses_the_whole_range():
     x = torch.tensor([[3.0, -7.0], [0.0, 1e-9]])
-    rounded, transposed, scale = cast_reference(x, dtype)
-    assert rounded.float().abs().max() == torch.finfo(dtype).max
+    rounded, transposed, scale = cast_reference(x)
+    assert rounded.float().abs().max() == torch.finfo(E4M3).max
     assert torch.equal(transposed.float(), rounded.float().T)
     assert relative(rounded.float() * scale, x) < 0.1
-    assert all(part.float().isfinite().all() for part in cast_reference(torch.zeros(2, 2), dtype))
+    assert all(part.float().isfinite().all() for part in cast_reference(torch.zeros(2, 2)))
 
 
 def check_kernel(device="cpu"):
@@ -49,11 +48,10 @@ def check_kernel(device="cpu"):
     from internlm.ops.fp8_kernel import cast
 
     x = torch.randn(150, 70, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    for dtype in (E4M3, E5M2):
-        ours, expected = cast(x, dtype), cast_reference(x, dtype)
-        assert torch.equal(ours[0].float(), ours[1].float().T)
-        torch.testing.assert_close(ours[2], expected[2], rtol=1e-6, atol=0)
-        assert relative(ours[0].float() * ours[2], x.float()) < (0.08 if device == "cuda" else 0.2)
+    ours, expected = cast(x), cast_reference(x)
+    assert torch.equal(ours[0].float(), ours[1].float().T)
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-6, atol=0)
+    assert relative(ours[0].float() * ours[2], x.float()) < (0.04 if device == "cuda" else 0.1)
 
 
 def test_kernel_interpreted_agrees_with_torch():
