@@ -2,9 +2,9 @@
 
 Each operand is scaled so that its largest magnitude is that of the format, E4M3, rounded, and multiplied by tensor
 cores with fp32 sums; one scale a tensor, from the tensor itself. Hopper's products want both operands with the summed
-dim innermost, so each is also needed transposed: one pass writes both. Gradients are E4M3 too: the paper's E5M2 has more
-range, which a scale from the tensor itself makes up for, and 2 bits of mantissa, which cost a small model 2 % of its loss
-(benchmarks/README.md).
+dim innermost, so each is also needed transposed: one pass writes both. Gradients are E4M3 too: the paper's E5M2 has
+more range, which a scale from the tensor itself makes up for, and 2 bits of mantissa, which cost a small model 2 % of
+its loss (benchmarks/README.md).
 
     y  = x W^T        x  [tokens, in],    W  [out, in]
     dx = dy W         dy [tokens, out],   W^T [in, out]
