@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from internlm.utils.environment import set_default
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
 
 
 def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, int]:
@@ -61,7 +64,11 @@ def load_flash4() -> str:
             _kernels = _find()
             _try()
         except Exception as error:  # whatever is wrong with it, others take its place
-            _kernels, _reason = None, f"flash-attn-4 can't be used: {str(error) or type(error).__name__}"
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]  # a compiler's tells pages
+            _reason = f"flash-attn-4 can't be used: {told}"
+            if _kernels is not None:  # on a machine that it is for, and maybe on this rank alone
+                logger.warning("%s; attention is slower without it", _reason)
+            _kernels = None
     return _reason
 
 

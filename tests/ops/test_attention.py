@@ -203,12 +203,12 @@ def test_flash4_is_done_without_where_it_is_another(package):
     ("broken", "expected"),
     [("", ""), ("raises", "no ptxas"), ("zeros", "a trial's result is wrong"), ("nan", "a trial's result is wrong")],
 )
-def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, broken, expected):
+def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, caplog, broken, expected):
     """Found before the first step: where a package is there, its compiler may still not fit this machine."""
 
     def forward(q, k, v, causal, return_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         if broken == "raises":
-            raise RuntimeError("no ptxas")
+            raise RuntimeError("no ptxas\n  in a file, at a line")
         out, lse = part_attention(q, k, v, Segments(cu_seqlens_q, tuple(cu_seqlens_q.diff().tolist())))
         return out.to(q.dtype) * (broken != "zeros"), lse
 
@@ -227,6 +227,7 @@ def test_flash4_is_done_without_where_its_kernels_fail(package, monkeypatch, bro
         warnings.simplefilter("always")
         problem = attention_flash.load_flash4()
     assert problem == (f"flash-attn-4 can't be used: {expected}" if expected else "")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(expected)
     assert [str(warning.message)[:11] for warning in caught] == ["Argument mQ"] * (broken != "raises")
     applies, reason = attention_flash.flash4_applies(torch.bfloat16, 64)
     assert applies == (not expected) and expected in reason
