@@ -76,8 +76,10 @@ class Loader:
         """Newest good checkpoint, else `ckpt.load_ckpt_info`, else nothing. Returns the checkpoint that is continued.
 
         Raises:
-            UserError: checkpoints exist but none verifies; `load_ckpt_info` names none that does; other sizes.
+            UserError: checkpoints exist but none verifies; `load_ckpt_info` names none that does; other sizes; ranks
+                that read other data.
         """
+        self._check_same_rows()
         ckpt = self.config.ckpt
         candidates = self.control.from_first(self._candidates() if self.control.rank == 0 else [])
         if ckpt.auto_resume and candidates and candidates[0].is_legacy:
@@ -102,6 +104,16 @@ class Loader:
         else:
             self._load_named(ckpt.load_ckpt_info)
         return None
+
+    def _check_same_rows(self) -> None:
+        """Each rank shuffles the rows that it finds: with other files they would repeat some rows and miss others."""
+        counts = self.control.gather(self.state.num_rows)
+        for rank, count in enumerate(counts):
+            if count != counts[0]:
+                raise UserError(
+                    f"data: rank 0 finds {counts[0]} rows of training data, rank {rank} {count}: make the files below "
+                    "data.train_folder the same on all machines"
+                )
 
     def _candidates(self) -> list[Candidate]:
         """All that look like checkpoints, newest first, normal ones before snapshots."""

@@ -1,4 +1,4 @@
-"""Saves that fail on one of two ranks."""
+"""What fails on one of two ranks: a save, or the start."""
 
 import re
 import time
@@ -42,3 +42,18 @@ def test_a_full_disk_ends_all_ranks_soon(full_rank: int, at_once: bool, tmp_path
         assert re.search(rf"rank {full_rank}: {file}, which needs \d+ bytes, .* No space left on device", text), text
         assert seconds < RANK_TIMEOUT / 2
     assert saved(tmp_path / "checkpoints") == []
+
+
+def start_with_rows(rank: int, world_size: int, folder: Path) -> str:
+    run = FakeRun(folder, make_config())
+    run.state.num_rows = (206, 205)[rank]
+    with pytest.raises(UserError) as caught:
+        run.checkpointer.resume()
+    run.checkpointer.close()
+    return str(caught.value)
+
+
+def test_ranks_that_find_other_data_do_not_start(tmp_path: Path) -> None:
+    """Copies on two machines, of which one lacks a file: rows would be repeated and missed without a word."""
+    for told in run_ranks(2, start_with_rows, tmp_path):
+        assert told.startswith("data: rank 0 finds 206 rows of training data, rank 1 205: make the files below")
