@@ -16,7 +16,7 @@ from internlm.checkpoint.commit import (
     write_rank,
 )
 from internlm.checkpoint.control import Control
-from internlm.checkpoint.lease import Lease
+from internlm.checkpoint.lease import Lease, claim_folder
 from internlm.checkpoint.loading import Loader, rng_file
 from internlm.checkpoint.shards import HostCopy, metadata_of
 from internlm.checkpoint.storage import Storage
@@ -27,8 +27,7 @@ from internlm.core.random import rng_state
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import StepReport
 from internlm.train.state import TrainState
-from internlm.utils.errors import UserError, writing
-from internlm.utils.lock import lock_folder
+from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -194,9 +193,7 @@ class Checkpointer:
         storage = self.storages[kind]
         if not storage.is_local and kind == "snapshot" and self.config.ckpt.snapshot_ckpt_folder is None:
             return  # it lies in the other one
-        with writing(f"{key} = {storage.url!r}"):
-            storage.make_folder("")
-            self._locks.append(lock_folder(Path(storage.root), key) if storage.is_local else Lease(storage, key))
+        self._locks.append(claim_folder(storage, key))
         remove_unfinished(storage)
 
     def _check_leases(self) -> None:

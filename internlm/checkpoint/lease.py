@@ -11,17 +11,28 @@ import atexit
 import json
 import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.triggers import new_token
-from internlm.utils.errors import UserError
-from internlm.utils.lock import NAME, this_process
+from internlm.utils.errors import UserError, writing
+from internlm.utils.lock import NAME, lock_folder, this_process
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
 BEAT, SILENCE = 15.0, 60.0  # seconds
+
+
+def claim_folder(storage: Storage, key: str) -> "IO[bytes] | Lease":
+    """Makes the folder of `storage` and takes it for this process, until what is returned is closed.
+
+    `key` is the setting that names the folder. Raises UserError: another has it, or nothing can be written there.
+    """
+    with writing(f"{key} = {storage.url!r}"):
+        storage.make_folder("")
+        return lock_folder(Path(storage.root), key) if storage.is_local else Lease(storage, key)
 
 
 class Lease:

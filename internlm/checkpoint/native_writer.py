@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internlm.checkpoint.commit import work_folder
 from internlm.checkpoint.hf_names import native_shapes
+from internlm.checkpoint.lease import claim_folder
 from internlm.checkpoint.manifest import MANIFEST, Manifest, list_checkpoints
 from internlm.checkpoint.shards import file_of, key_of
 from internlm.checkpoint.storage import Storage
@@ -20,8 +21,7 @@ from internlm.checkpoint.triggers import new_token
 from internlm.config.schema import Config
 from internlm.train.state import TrainState
 from internlm.utils.device import torch_dtype
-from internlm.utils.errors import UserError, writing
-from internlm.utils.lock import lock_folder
+from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -35,12 +35,7 @@ def write_native(named: Callable[[str], Tensor], config: Config, folder: str | P
     """
     storage = Storage(str(folder))
     _refuse_existing(storage)
-    if not storage.is_local:  # object stores know no locks
-        return _write(named, config, storage)
-    with writing(f"target folder {storage.url}"):
-        storage.make_folder("")
-        lock = lock_folder(Path(storage.root), "target folder")
-    with lock:
+    with closing(claim_folder(storage, "target folder")):
         _refuse_existing(storage)  # another may have ended in between
         return _write(named, config, storage)
 
@@ -66,9 +61,7 @@ def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> 
     model = file_of("param", 0)
     kinds = {key: (dtype, shapes[name]) for key, name in whole.items()}
     state = {"train": asdict(TrainState()), "optimizer": {"num_updates": 0}}
-    try:
-        with writing(storage.show(work)):
-            storage.make_folder(work)
+    with storage.new_folder(work):
         files = {
             model: stream_tensors(storage, f"{work}/{model}", kinds, value_of, metadata),
             "config.json": write_bytes(storage, f"{work}/config.json", [config.model_dump_json(indent=1).encode()]),
@@ -79,10 +72,6 @@ def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> 
         write_bytes(storage, f"{work}/{MANIFEST}", [manifest.render()])
         if storage.is_local:
             storage.rename_folder(work, str(step))
-    except BaseException:
-        with suppress(OSError):
-            storage.remove(work)
-        raise
     path = storage.show(str(step))
     logger.info(f"wrote {path}: {len(shapes)} parameters in {config.model.dtype}")
     return path

@@ -12,7 +12,7 @@ from typing import IO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, writing
 
 
 class Storage:
@@ -88,6 +88,18 @@ class Storage:
 
     def make_folder(self, path: str) -> None:
         self.fs.makedirs(self.join(path), exist_ok=True)
+
+    @contextmanager
+    def new_folder(self, path: str) -> Iterator[None]:
+        """Makes a folder for what the block writes there; where the block fails, nothing of it stays."""
+        try:
+            with writing(self.show(path)):
+                self.make_folder(path)
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self.remove(path)
+            raise
 
     def rename_folder(self, old: str, new: str) -> None:
         """Renames on a local disk, durably: the entries of both the folder and its parent are synced."""

@@ -46,7 +46,7 @@ _BACKWARD = ("q", "k", "v", "out", "dout", "lse", "causal", *_RAGGED)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # Sizes of heads with which it was measured to be faster than cuDNN (benchmarks/README.md): by 5 to 13 % with 128, but
 # for rows of 1,024 with shared key/value heads (2 % slower), and by 21 to 24 % with 64.
-FASTEST = (64, 128)
+_HEAD_DIMS = (64, 128)
 
 _kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 _reason = ""  # why there are none; empty before they were looked for
@@ -110,7 +110,7 @@ def flash4_applies(dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
         return False, f"flash-attn-4 doesn't take {dtype}"
     if _kernels is None:
         return False, _reason or "flash-attn-4 was not looked for"
-    if head_dim not in FASTEST:
+    if head_dim not in _HEAD_DIMS:
         return False, f"flash-attn-4 was measured with heads of size 64 and 128, not {head_dim}"
     return True, "flash-attn-4 is installed"
 

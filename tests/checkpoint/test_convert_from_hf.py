@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -11,13 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from internlm.apis.generate import load_model
-from internlm.checkpoint import native_writer
+from internlm.checkpoint import lease, native_writer
+from internlm.checkpoint.lease import Lease, claim_folder
 from internlm.checkpoint.legacy.writer import write_legacy
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import ModelConfig
 from internlm.utils.errors import UserError
-from internlm.utils.lock import lock_folder
 from tests.checkpoint import folders_2023 as old
 from tests.checkpoint.fake import full, make_config
 from tests.checkpoint.test_legacy import of_transformers
@@ -134,13 +135,24 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_one_that_ends_just_before_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
 
-    def lock_of_the_second(folder: Path, key: str) -> IO[bytes]:
-        (folder / "0").mkdir()
-        return lock_folder(folder, key)
+    def claim_of_the_second(storage: Storage, key: str) -> IO[bytes] | Lease:
+        storage.make_folder("0")
+        return claim_folder(storage, key)
 
-    monkeypatch.setattr(native_writer, "lock_folder", lock_of_the_second)
+    monkeypatch.setattr(native_writer, "claim_folder", claim_of_the_second)
     with pytest.raises(UserError, match="holds checkpoints already"):
         native_writer.write_native(pytest.fail, config, tmp_path / "out")
+
+
+def test_a_folder_of_an_object_store_is_claimed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "SILENCE", 0.5)
+    storage = Storage(f"memory://{tmp_path.name}/out")
+    with (
+        closing(claim_folder(storage, "ckpt.save_ckpt_folder")),
+        pytest.raises(UserError, match=rf"target folder = '{storage.url}' is in use by process"),
+    ):
+        native_writer.write_native(pytest.fail, make_config(), storage.url)
 
 
 MEASURE = """

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,16 +76,10 @@ def _new_folder(target: Path) -> Iterator[Callable[[str, Any], None]]:
         with writing(f"{target}/{file}"), storage.writer(f"{work}/{file}") as write:
             torch.save(content, _Stream(write))  # type: ignore[arg-type]
 
-    try:
-        with writing(str(target)):
-            storage.make_folder(work)
+    with storage.new_folder(work):
         yield save
         with writing(str(target)):
             storage.rename_folder(work, target.name)
-    except BaseException:
-        with suppress(OSError):
-            storage.remove(work)
-        raise
 
 
 class _Stream:
