@@ -31,6 +31,7 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "pa
 def client(chat: ChatModel) -> Iterator[Any]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # a first request waits for the server instead of being refused
         server = uvicorn.Server(uvicorn.Config(build_app(chat), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
