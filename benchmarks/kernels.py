@@ -52,6 +52,26 @@ def ceilings() -> tuple[float, float]:
     return copy, flops / time * 1e3
 
 
+def products(flops: float) -> None:
+    """Matrix products of a block, forward and both gradients, by how many tokens they take at once.
+
+    Each runs for two seconds, after which the card is at its power limit, as it is in a step.
+    """
+    blocks = {"7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))}
+    blocks["1.8B"] = ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))
+    for name, shapes in blocks.items():
+        for tokens in (4096, 8192, 16384, 32768):
+            inputs = [(random(tokens, k), random(n, k), random(tokens, n)) for n, k in shapes]
+
+            def block(inputs: list[tuple[torch.Tensor, ...]] = inputs) -> None:
+                for x, weight, grad in inputs:
+                    _ = x @ weight.T, grad @ weight, grad.T @ x
+
+            work = sum(6 * tokens * n * k for n, k in shapes)
+            time = milliseconds(block, repeats=int(2 * flops / work))
+            print(f"products of a {name} block, {tokens:,} tokens: {work / time / 1e9:.0f} TFLOP/s")
+
+
 def adamw(copy: float) -> None:
     """26 bytes a parameter: read and written, but for the gradient."""
     size = 2**28
@@ -118,6 +138,7 @@ if __name__ == "__main__":
     copy, flops = ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"ceilings: copy {copy / 1e9:,.0f} GB/s, bf16 matrix products of a 7B block {flops / 1e12:.0f} TFLOP/s")
+    products(flops)
     adamw(copy)
     cross_entropy(flops)
     attentions()
