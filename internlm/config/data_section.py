@@ -25,10 +25,10 @@ class DataConfig(Section):
         None, description="type=chat: a built-in template, a Jinja file or a folder; None: that of tokenizer_path"
     )
     train_on: Literal["answers", "last", "all"] = Field(
-        "answers", description='type=chat: assistant turns, the last of them, or everything; "trained" in a turn wins'
+        "answers", description='type=chat: assistant turns, only the last one, or everything; "trained" in a turn wins'
     )
     long_samples: Literal["cut", "drop", "split"] | None = Field(
-        None, description="type=chat: samples above seq_len are cut, dropped or split into pieces; None: an error"
+        None, description="type=chat: what to do with samples longer than seq_len; None: an error"
     )
     text_key: str = Field("text", description="the key of a jsonl line that holds the text (type=text)")
     seq_len: PositiveInt = Field(description="longest attention segment, in tokens")
@@ -39,12 +39,12 @@ class DataConfig(Section):
     valid_micro_num: PositiveInt | None = Field(
         None, description="validation batch = valid_micro_num * micro_bsz samples; None: micro_num"
     )
-    valid_every: Annotated[int, Field(ge=0)] = Field(0, description="validate every so many steps; 0: never")
+    valid_every: Annotated[int, Field(ge=0)] = Field(0, description="validate every this many steps; 0: never")
     total_steps: PositiveInt = Field(description="batches to run, skipped ones included")
     packing: Literal["cut", "fit", "unpacked"] | None = Field(
         None,
-        description="cut: samples end to end, cut at row ends; fit: whole samples, as many as fit; unpacked: micro_bsz "
-        "samples a row; None: fit for type=chat, else cut",
+        description="cut: samples end to end, cut at row ends; fit: as many whole samples as fit; unpacked: micro_bsz "
+        "samples per row; None: fit for type=chat, else cut",
     )
     pack_sample_into_one: bool = Field(False, description="attention runs across samples in windows of seq_len")
     min_length: Annotated[int, Field(ge=0)] = Field(0, description="samples with fewer tokens are dropped")

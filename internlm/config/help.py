@@ -1,6 +1,6 @@
-"""Every key with type, default and meaning: for `train.py --help`, and as doc/configuration.md.
+"""Documents every key with type, default and meaning, for `train.py --help` and doc/configuration.md.
 
-`python -m internlm.config.help > doc/configuration.md` writes the page anew.
+`python -m internlm.config.help > doc/configuration.md` updates the page.
 """
 
 import textwrap
@@ -19,9 +19,9 @@ INTRO = """\
 
 <!-- Generated from the schema: python -m internlm.config.help > doc/configuration.md -->
 
-A run is described by one Python file. It is executed, and the names it assigns are the sections and keys listed
-below; [configs/](../configs) has examples. Whatever the file leaves out has the default shown here or, in the section
-`model`, the value of its family `model_type`.
+One Python file describes a run. It is executed, and the names that it assigns are the sections and keys listed below;
+[configs/](../configs) has examples. A key that the file leaves out has the default shown here or, in the section
+`model`, the value of its family, `model_type`.
 
 ```python
 _base_ = "_base_/default_runtime.py"  # one path or a list, relative to this file
@@ -32,33 +32,32 @@ data = dict(train_folder="data/train", seq_len=256, micro_bsz=8, total_steps=400
 adam = dict(lr=2e-3)
 ```
 
-* **`_base_`** names files that are read first. Sections merge key by key and the file wins over its bases.
-* **Other names.** Modules, functions, classes, names that begin with an underscore and constants in CAPITALS
-  (`SEQ_LEN`) are the file's own business. The file may import modules that lie beside it or in the working directory.
-  InternEvo's `with read_base(): from configs._base_... import *` works too; there an assignment replaces a section as a
-  whole.
+* **`_base_`** names files to read first. Sections are merged key by key, and the file overrides its bases.
+* **Other names** are ignored: modules, functions, classes, names that begin with an underscore, and constants in
+  CAPITALS (`SEQ_LEN`). The file may import modules from its own folder or the working directory. InternEvo's
+  `with read_base(): from configs._base_... import *` works too; with it, an assignment replaces a section as a whole.
 * **Overrides** follow the file on the command line: `python train.py --config FILE model.num_layers=4
-  data.train_folder=/data/en`. A value is read as a Python literal, else as text.
-* **`--seed` and `--run_dir`** set the keys of these names.
-* **Mistakes** are reported all at once, before any GPU is touched: unknown keys with the nearest name, wrong types,
+  data.train_folder=/data/en`. A value is read as a Python literal if it is one, otherwise as text.
+* **`--seed` and `--run_dir`** set the keys of the same names.
+* **Mistakes** are reported all at once, before any GPU is touched: unknown keys (with the nearest name), wrong types,
   sizes that contradict each other, missing files.
-* **`--dry_run`** prints the resolved config, the parameter count and the memory of each rank. The resolved config is
-  also stored as `config.json` in the run's folder and in every checkpoint; a stored `config.json` can be given to
-  `--config` as well.
-* **Read only.** The config is frozen once loaded.
+* **`--dry_run`** prints the resolved config, the number of parameters and the memory of each rank. Each run also
+  stores the resolved config as `config.json`, in its folder and in every checkpoint; `--config` accepts this file too.
+* **The config is frozen** once it is loaded.
 """
 
 OLD_INTRO = """\
 ## Old spellings
 
-Files of InternLM (2023) and InternEvo (to 0.5.2) load unchanged. The rows below are converted, and the log says so, one
-line a key. A value that cannot be honoured is refused with the reason. Beyond the keys:
+Config files of InternLM (2023) and InternEvo (to 0.5.2) load unchanged. The old keys below are converted, and the log
+has one line for each. A value that is not supported is refused with the reason. Some defaults differ from then:
 
-* the loss is divided by the tokens of the whole step; `loss.reduction="micro_batch"` gives the 2023 mean of means;
+* the loss is divided by the tokens of the whole step; `loss.reduction="micro_batch"` gives the mean of means of 2023;
 * a model section without `dtype` means bfloat16, not float16;
-* a model section in the old spelling that is silent on biases or rotary order means what its family meant then
-  (INTERNLM2_PUBLIC with biases; LLAMA2 with biases and interleaved pairs), not the family above;
-* saving in the background and overlapped communication are on unless switched off.
+* saving in the background and overlapped communication are on unless you turn them off.
+
+A model section in the old spelling that doesn't mention biases or rotary order means what its family meant then
+(INTERNLM2_PUBLIC with biases; LLAMA2 with biases and interleaved pairs), not what the family above means.
 
 | old key | becomes |
 |---|---|

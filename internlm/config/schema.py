@@ -19,7 +19,7 @@ V_SCHEDULES = ("zbv", "dualpipev")  # whose chunks go down the stages of a pipel
 
 
 def _value(section: Any, key: str) -> Any:
-    """What a section says about `key`, be it a dict or built already; None when it says nothing."""
+    """The value of `key` in a section, which may be a dict or already built; None if it has none."""
     return section.get(key) if isinstance(section, dict) else getattr(section, key, None)
 
 
@@ -31,28 +31,28 @@ class MoeConfig(Section):
         None, description="width of an expert; None: that of a dense feed-forward layer"
     )
     num_shared_experts: Annotated[int, Field(ge=0)] = Field(
-        0, description="experts that compute every token, built as one layer of so many widths"
+        0, description="experts that every token uses, built as one layer of that many expert widths"
     )
     mix_shared: bool = Field(
-        False, description="routed and shared output weighted by a softmax of the token instead of added (one shared)"
+        False, description="weigh routed and shared output by a softmax of the token, not add them (one shared expert)"
     )
-    score: Literal["softmax", "sigmoid"] = Field("softmax", description="router scores: shares, or each on its own")
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="router scores, over all experts or for each")
     norm_topk: bool | None = Field(
-        None, description="weights of a token's experts divided by their sum; None: when top_k > 1"
+        None, description="divide the weights of a token's experts by their sum; None: if top_k > 1"
     )
     router_fp32: bool = Field(True, description="router weight and logits in fp32 whatever the model's dtype")
     balance_over: Literal["all", "first"] = Field(
-        "all", description="balancing loss counts all chosen experts of a token, or the first choice alone (GShard)"
+        "all", description="the balancing loss counts all chosen experts of a token, or its first choice only (GShard)"
     )
     bias_rate: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="balancing without a loss: each step moves the bias of an expert's score by this much; 0: off"
+        0.0, description="balance without a loss: each step moves the bias of an expert's score by this much; 0: off"
     )
     capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="in training an expert takes at most this times its fair share of a row's tokens, those of highest "
-        "score; None: dropless",
+        description="in training, an expert takes at most this many times its fair share of a row's tokens, those with "
+        "the highest scores; None: dropless",
     )
-    min_capacity: PositiveInt = Field(4, description="tokens of a row that an expert takes at least")
+    min_capacity: PositiveInt = Field(4, description="least capacity of an expert, in tokens of a row")
 
     @property
     def normalises(self) -> bool:
@@ -85,7 +85,9 @@ class ModelConfig(Section):
         description="dtype of parameters and activations; torch.float32 multiplies matrices in full precision, "
         "torch.tf32 is float32 whose matrix products on a GPU round their inputs to tf32",
     )
-    max_position_embeddings: PositiveInt = Field(2048, description="longest position, written into exports")
+    max_position_embeddings: PositiveInt = Field(
+        2048, description="longest text the model is made for; written into exports"
+    )
     rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary angles")
     rope_scaling: RopeScaling | None = Field(None, description="rotary angles for longer texts; None: as they are")
     qk_interleaved: bool = Field(False, description="rotary pairs elements 2j and 2j+1 instead of j and j + head_dim/2")
@@ -100,31 +102,31 @@ class ModelConfig(Section):
         1.0, description="gradient of embedding output and head weight times this factor; 1: off"
     )
     num_chunks: PositiveInt = Field(
-        1, description="runs of blocks per pipeline stage; above 1: the interleaved schedule"
+        1, description="chunks (runs of blocks) per pipeline stage; above 1: the interleaved schedule"
     )
     checkpoint: bool | Fraction | Literal["selective", "feed_forward", "offload"] = Field(
         False,
-        description="activation recomputation: False, True, the fraction of blocks (the first ones) recomputed; "
-        '"feed_forward": their feed-forward layers, half of what is kept for a sixth of the work; '
-        '"offload": as much waits in the host\'s memory instead; "selective": all but matrix products and attention',
+        description="what backward recomputes: False: nothing; True: all blocks; or a fraction, of the first blocks; "
+        '"feed_forward": their feed-forward layers, which saves half of the memory for a sixth of the work; '
+        '"offload": keep as much in host memory instead; "selective": all but matrix products and attention',
     )
     fp8: bool = Field(
         False,
-        description="matrix products of the blocks in 8-bit floating point (GPUs from Hopper on): 1.4 times the speed "
-        "for the 7B; what it does to the loss: benchmarks/README.md",
+        description="matrix products of the blocks in 8-bit floating point (GPUs from Hopper on): 1.4 times as fast "
+        "for the 7B; for the effect on the loss see benchmarks/README.md",
     )
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile each block; auto: on a GPU, where a block does not communicate"
+        "auto", description="torch.compile each block; auto: on a GPU, if blocks don't communicate"
     )
     attn_backend: Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"] = Field(
         "auto",
         description="attention kernel; auto: the fastest that applies (internlm/ops/attention.py); a ring has its own",
     )
-    init: Literal["internlm", "internlm2"] = Field("internlm2", description="which reference's initial values")
+    init: Literal["internlm", "internlm2"] = Field("internlm2", description="whose rule for initial values")
     init_type: Literal["normal", "uniform"] = Field(
         "normal", description="distribution of the internlm2 initial values"
     )
-    use_scaled_init: bool = Field(True, description="output projections divided by sqrt(2 (layer + 1)) at the start")
+    use_scaled_init: bool = Field(True, description="divide initial output projections by sqrt(2 (layer + 1))")
     embedding_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of the embedding (init=internlm2)")
     attn_wqkv_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of wqkv (init=internlm2)")
     attn_other_init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="std of wo (init=internlm2)")
@@ -168,9 +170,9 @@ class LoraConfig(Section):
 
     rank: PositiveInt = Field(8, description="inner size of an adapter")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="an adapter's output is multiplied by alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of an adapter's inputs left out")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of its inputs dropped in training")
     target: tuple[str, ...] = Field(
-        ("*.attention.w*", "*.feed_forward.w*"), min_length=1, strict=False, description="which ones"
+        ("*.attention.w*", "*.feed_forward.w*"), min_length=1, strict=False, description="patterns of the projections"
     )
     base: Literal["full", "nf4"] = Field(
         "full", description="frozen projections in the model's dtype, or in 4 bits (extra gpu: bitsandbytes)"
@@ -195,16 +197,16 @@ class DpoConfig(Section):
 class AdamConfig(Section):
     lr: Annotated[float, Field(ge=0)] = Field(1e-4, description="peak learning rate")
     adam_beta1: Fraction = Field(0.9, description="decay of the first moment")
-    adam_beta2: Fraction = Field(0.95, description="decay of the second moment, unless beta2_scheduler says else")
+    adam_beta2: Fraction = Field(0.95, description="decay of the second moment, if beta2_scheduler doesn't set it")
     adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon of the update")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled weight decay")
     no_decay: tuple[str, ...] = Field(
-        (), strict=False, description='parameters without weight decay, as patterns such as "*norm.weight"; 2023: none'
+        (), strict=False, description='patterns of parameters without weight decay, such as "*norm.weight"; 2023: none'
     )
 
 
 class LRSchedulerConfig(Section):
-    type: Literal["cosine", "wsd", "constant"] = Field("cosine", description="form after the warm-up")
+    type: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
     total_steps: PositiveInt | None = Field(None, description="length of the schedule; None: data.total_steps")
     init_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps at learning rate 0 before the warm-up")
     warmup_ratio: Fraction = Field(0.0, description="share of total_steps spent in the linear warm-up")
@@ -239,7 +241,7 @@ class HybridZeroConfig(Section):
 class Fp16ScalerConfig(Section):
     initial_scale: Annotated[float, Field(gt=0)] = Field(2.0**16, description="loss scale at the start")
     min_scale: Annotated[float, Field(gt=0)] | None = Field(1.0, description="loss scale never falls below")
-    growth_interval: PositiveInt = Field(1000, description="good steps before the scale grows")
+    growth_interval: PositiveInt = Field(1000, description="steps without overflow before the scale grows")
 
 
 class GradScalerConfig(Section):
@@ -259,7 +261,7 @@ class LossConfig(Section):
     )
     reduction: Literal["token", "micro_batch"] = Field(
         "token",
-        description="token: divided once by all trained tokens of the step; micro_batch: the 2023 mean of means",
+        description="token: divide once by all trained tokens of the step; micro_batch: mean of means, as in 2023",
     )
     moe_loss_coeff: Annotated[float, Field(ge=0)] = Field(
         0.01, description="weight of the balancing loss of experts: mean over the step's rows, sum over layers"
@@ -270,9 +272,9 @@ class LossConfig(Section):
 
 
 class AxisConfig(Section):
-    """A size, and what belongs to it."""
+    """The size of an axis."""
 
-    size: int = Field(1, description="ranks; -1: all of the enclosing group")
+    size: int = Field(1, description="number of ranks")
 
 
 class Zero1Config(AxisConfig):
@@ -286,7 +288,9 @@ class GradientConfig(AxisConfig):
 
 
 class TensorConfig(AxisConfig):
-    mode: Literal["mtp", "msp", "fsp", "isp"] = Field("mtp", description="how a tensor-parallel group shares the work")
+    mode: Literal["mtp", "msp", "fsp", "isp"] = Field(
+        "mtp", description="what tensor ranks send and keep (doc/parallelism.md); isp: Ulysses instead, as in 2023"
+    )
 
 
 class WeightConfig(AxisConfig):
@@ -309,8 +313,8 @@ class PipelineConfig(AxisConfig):
     )
     split: Literal["even", "flops"] | Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         "even",
-        description="blocks per chunk: even as in 2023, flops weighs the head as well, or the numbers themselves, "
-        "in the order of the forward pass",
+        description="blocks per chunk: even as in 2023; flops counts the head as well; or the numbers themselves, in "
+        "the order of the forward pass",
     )
 
 
@@ -323,7 +327,7 @@ class ParallelConfig(Section):
     tensor: TensorConfig = Field(TensorConfig(), description="tensor parallel")
     context: ContextConfig = Field(ContextConfig(), description="sequence parallel")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="pipeline parallel")
-    expert: AxisConfig = Field(AxisConfig(), description="ranks between which the experts are dealt out")
+    expert: AxisConfig = Field(AxisConfig(), description="ranks over which the experts are distributed")
 
     @model_validator(mode="before")
     @classmethod
@@ -347,14 +351,14 @@ class ParallelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What the model in training is asked every so many steps, beside the validation sets of `data`."""
+    """Prompts and tasks for the model while it trains, in addition to the validation sets of `data`."""
 
-    every: Annotated[int, Field(ge=0)] = Field(0, description="ask every so many steps; 0: never")
+    every: Annotated[int, Field(ge=0)] = Field(0, description="evaluate every this many steps; 0: never")
     prompts: tuple[str, ...] = Field(
-        (), strict=False, description="texts to go on from; with data.type=chat and preference a user's questions"
+        (), strict=False, description="texts to continue; with data.type=chat or preference, a user's questions"
     )
-    max_new_tokens: PositiveInt = Field(64, description="tokens of an answer at most")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="of the answers; 0: the likeliest token each")
+    max_new_tokens: PositiveInt = Field(64, description="most tokens of an answer")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="of the answers; 0: the likeliest token")
     tasks: tuple[str, ...] = Field((), strict=False, description="tasks of lm-evaluation-harness (extra eval) to score")
     include_path: str | None = Field(None, description="folder with YAML files of tasks of your own")
     limit: PositiveInt | None = Field(None, description="questions of each task; None: all")
@@ -379,19 +383,22 @@ class Config(Section):
     beta2_scheduler: Beta2SchedulerConfig = Field(Beta2SchedulerConfig(), description="beta2")
     grad_scaler: GradScalerConfig = Field(GradScalerConfig(), description="float16 loss scale")
     loss: LossConfig = Field(LossConfig(), description="the objective")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="questions to the model in training")
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="evaluation by prompts and tasks while training"
+    )
     ckpt: CkptConfig = Field(CkptConfig(), description="checkpoints")
     monitor: MonitorConfig = Field(MonitorConfig(), description="outputs beside console and metrics.jsonl")
 
     @property
     def pipeline_schedule(self) -> str:
         """The order of micro batches: 1f1b, interleaved, zbv or dualpipev."""
-        schedule = self.parallel.pipeline.schedule
-        return schedule if schedule != "auto" else "interleaved" if self.model.num_chunks > 1 else "1f1b"
+        if self.parallel.pipeline.schedule != "auto":
+            return self.parallel.pipeline.schedule
+        return "interleaved" if self.model.num_chunks > 1 else "1f1b"
 
     @property
     def chunks_per_stage(self) -> int:
-        """Runs of blocks that a pipeline stage has; two in the V of zbv and dualpipev."""
+        """Chunks (runs of blocks) of a pipeline stage; two in the V of zbv and dualpipev."""
         return 2 if self.pipeline_schedule in V_SCHEDULES else self.model.num_chunks
 
     @model_validator(mode="before")
