@@ -5,7 +5,6 @@ SLURM_PROCID, SLURM_LOCALID, SLURM_NPROCS and SLURM_JOB_NODELIST.
 """
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,10 +35,10 @@ class World:
     device: torch.device
 
 
-def world_from_env(launcher: Launcher, port: int = DEFAULT_PORT) -> tuple[World, str]:
+def world_from_env(launcher: Launcher, port: int = DEFAULT_PORT) -> tuple[World, str | None]:
     """The world that the launcher's environment describes, and the rendezvous address.
 
-    Without any launcher's variables: a world of one.
+    Without any launcher's variables: a world of one, which meets nobody.
 
     Raises:
         UserError: a variable of the launcher is missing.
@@ -48,14 +47,14 @@ def world_from_env(launcher: Launcher, port: int = DEFAULT_PORT) -> tuple[World,
     if launcher == "slurm":
         rank, size = _int(env, "SLURM_PROCID", launcher), _int(env, "SLURM_NPROCS", launcher)
         local_rank = int(env.get("SLURM_LOCALID", rank % max(1, torch.cuda.device_count())))
-        address = f"tcp://{_first_slurm_host(env)}:{port}"
+        address: str | None = f"tcp://{_first_slurm_host(env)}:{port}"
     elif "RANK" in env or "WORLD_SIZE" in env:
         rank, size = _int(env, "RANK", launcher), _int(env, "WORLD_SIZE", launcher)
         local_rank = _int(env, "LOCAL_RANK", launcher)
         address = "env://"
     else:
         rank, size, local_rank = 0, 1, 0
-        address = f"tcp://127.0.0.1:{_free_port()}"
+        address = None
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -82,9 +81,9 @@ def launch(launcher: Launcher = "torch", port: int = DEFAULT_PORT) -> Iterator[W
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if backend == "nccl" else None
-    dist.init_process_group(
-        backend, init_method=address, rank=world.rank, world_size=world.size, timeout=TIMEOUT, device_id=device_id
-    )
+    # Port 0: the system chooses as the store binds; a port looked up before might be another process's by then.
+    store = None if address else dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=TIMEOUT)
+    dist.init_process_group(backend, address, TIMEOUT, world.size, world.rank, store, device_id=device_id)
     logger.info("launched %d rank(s) by %s on %s with %s", world.size, launcher, world.device.type, backend)
     try:
         yield world
@@ -121,9 +120,3 @@ def _first_slurm_host(env: Mapping[str, str]) -> str:
         return "127.0.0.1"
     listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return listing.stdout.splitlines()[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

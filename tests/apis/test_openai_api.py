@@ -7,12 +7,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
+import torch
 import uvicorn
 
 from internlm.apis.chat import ChatModel, Reply, ReplyOptions
@@ -24,6 +25,7 @@ from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, SECOND, WEA
 from tools.openai_api import main
 
 GREEDY = ReplyOptions(Sampling())
+LONG = 60  # seconds: nothing takes that long on a busy machine
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
 
 
@@ -41,7 +43,7 @@ def client(chat: ChatModel) -> Iterator[Any]:
                 yield made
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(LONG)
 
 
 def ask(client: Any, text: str, **options: Any) -> Any:
@@ -120,31 +122,40 @@ def test_many_at_once(client: Any) -> None:
     assert [answer.choices[0].message.content for answer in answers] == [ANSWERS[question] for question in questions]
 
 
-def test_a_stream_that_is_left_frees_its_row(client: Any, chat: ChatModel) -> None:
-    for _ in range(4):  # one more than there are rows
-        stream = ask(client, "?", stream=True, temperature=2, max_tokens=480)
-        next(iter(stream))
-        stream.close()
-    end = time.monotonic() + 20
-    while any(chat.batcher._rows) and time.monotonic() < end:
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONG
+    while not holds():
+        assert time.monotonic() < end
         time.sleep(0.01)
-    assert not any(chat.batcher._rows)
 
 
-def test_who_leaves_while_waiting_is_forgotten(client: Any, chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = Sampling.choose
-    monkeypatch.setattr(Sampling, "choose", lambda *given: (time.sleep(0.01), choose(*given))[1])
-    streams = [ask(client, "?", stream=True, temperature=2, max_tokens=480) for _ in range(3)]
-    for stream in streams:
-        next(iter(stream))
-    with pytest.raises(openai.APITimeoutError):
-        ask(client, HELLO, timeout=0.3)
-    end = time.monotonic() + 3
-    while not all(waiting.cancelled for waiting in chat.batcher._waiting) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert all(waiting.cancelled for waiting in chat.batcher._waiting) and all(chat.batcher._rows)
-    for stream in streams:
-        stream.close()
+def test_who_leaves_is_forgotten(client: Any, chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While waiting, and in the middle of an answer, whose row is free then."""
+    release = threading.Event()
+    letter = torch.tensor(chat.tokenizer.encode("a")[-1:])
+
+    def choose(*_: Any) -> torch.Tensor:
+        """A token that ends nothing; none any more once every row has an answer to write."""
+        assert not all(chat.batcher._rows) or release.wait(LONG)
+        return letter
+
+    monkeypatch.setattr(Sampling, "choose", choose)
+    streams = [ask(client, "?", stream=True, max_tokens=480) for _ in range(3)]
+    try:
+        for stream in streams:
+            next(iter(stream))
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, HELLO, timeout=0.3)
+        until(lambda: [waiting.cancelled for waiting in chat.batcher._waiting] == [True])
+        rows = list(chat.batcher._rows)
+        assert all(row and not row.cancelled for row in rows)
+        for stream in streams:
+            stream.close()
+        until(lambda: all(row and row.cancelled for row in rows))
+    finally:
+        release.set()
+    until(lambda: not any(chat.batcher._rows))
+    assert all(row and row.num_new < 480 for row in rows)
 
 
 def test_more_wait_than_the_server_has_threads_by_default(client: Any, chat: ChatModel) -> None:
@@ -165,7 +176,7 @@ def test_more_wait_than_the_server_has_threads_by_default(client: Any, chat: Cha
         held = [asyncio.create_task(read(reply, threads)) for reply in replies]
         await asyncio.sleep(0.1)
         try:
-            said = await asyncio.wait_for(read(chat.reply([Message("user", HELLO)], GREEDY), threads), 10)
+            said = await asyncio.wait_for(read(chat.reply([Message("user", HELLO)], GREEDY), threads), LONG)
         finally:
             release.set()
         assert said == ANSWERS[HELLO]
@@ -209,7 +220,7 @@ def test_every_error_is_an_object_of_openai(client: Any, method: str, path: str,
     headers = {"content-type": "application/json"}
     request = urllib.request.Request(f"{client.base_url}{path}", content or None, headers, method=method)
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=20)
+        urllib.request.urlopen(request, timeout=LONG)
     assert refused.value.code == status
     assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
 
