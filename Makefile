@@ -57,10 +57,10 @@ $(BIN)/pip:
 $(DEMO_STAMP): $(DEMO_REQUIREMENTS) requirements/constraints.txt setup.py pyproject.toml | $(BIN)/pip
 	@echo "installing requirements into $(VENV) (only when they changed; torch is some 200 MB on a CPU)"
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -c requirements/constraints.txt "setuptools>=77" $(DEMO_REQUIREMENTS:%=-r %)
+	$(PIP) install -c requirements/constraints.txt "$(TORCH)" "setuptools>=77" $(DEMO_REQUIREMENTS:%=-r %)
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMP): $(REQUIREMENTS) $(DEMO_STAMP)
-	$(PIP) install -c requirements/constraints.txt $(patsubst %,-r %,$(filter-out %constraints.txt,$(REQUIREMENTS)))
+	$(PIP) install -c requirements/constraints.txt "$(TORCH)" $(patsubst %,-r %,$(filter-out %constraints.txt,$(REQUIREMENTS)))
 	@touch $@
