@@ -17,7 +17,7 @@ from internlm.checkpoint.hf_names import LAYOUTS
 from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.data_section import DataConfig
-from internlm.data.chat import chat_template as template_of_data
+from internlm.data.chat import template_of_data
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger, setup_logging

@@ -20,7 +20,7 @@ from rich.table import Table
 from internlm.apis.generate import check_length, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.checkpoint.hf import HFReader
-from internlm.checkpoint.hf_tokenizer import open_tokenizer as look_at_tokenizer
+from internlm.checkpoint.hf_tokenizer import inspect_tokenizer
 from internlm.data.tokenizer import check_tokenizer, open_tokenizer
 from internlm.utils.device import torch_dtype
 from internlm.utils.errors import UserError
@@ -68,7 +68,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
 
 def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:
     """The ends that a Hugging Face folder names: a chat model has more than its tokenizer's one."""
-    ids = look_at_tokenizer(folder, vocab_size).special_ids["eos_token_id"]
+    ids = inspect_tokenizer(folder, vocab_size).special_ids["eos_token_id"]
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 

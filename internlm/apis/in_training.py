@@ -21,7 +21,7 @@ from internlm.apis.sampling import Sampling
 from internlm.config.schema import Config
 from internlm.core.collectives import all_gather
 from internlm.core.mesh import Mesh
-from internlm.data.chat import chat_template, prompt_ids
+from internlm.data.chat import prompt_ids, template_of_data
 from internlm.data.message import Message
 from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.model.transformer import Transformer
@@ -100,7 +100,7 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], Seq
     if config.data.type not in ("chat", "preference"):
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return [[*begin, *tokenizer.encode(text)] for text in config.evaluation.prompts], ()
-    template = chat_template(config.data)
+    template = template_of_data(config.data)
     questions = [[Message("user", text)] for text in config.evaluation.prompts]
     prompts = [prompt_ids(tokenizer, template, turns) for turns in questions]
     stops = [tokenizer.id_of(text) for text in template.stop]

@@ -27,7 +27,7 @@ from internlm.checkpoint.hf_names import (
 )
 from internlm.checkpoint.hf_remote_code import write_remote_code
 from internlm.checkpoint.hf_target import INDEX, prepare_folder, write_json
-from internlm.checkpoint.hf_tokenizer import check_export, open_tokenizer, write_tokenizer
+from internlm.checkpoint.hf_tokenizer import check_export, inspect_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
 from internlm.config.schema import Config, ModelConfig
@@ -76,7 +76,7 @@ def export_hf(
     if dtype == "auto":
         dtype = model.dtype.removeprefix("torch.").replace("tf32", "float32")
     limit = parse_size(max_shard)
-    source = None if tokenizer is None else open_tokenizer(tokenizer, model.vocab_size)
+    source = None if tokenizer is None else inspect_tokenizer(tokenizer, model.vocab_size)
     if source is not None:
         check_export(source, folder)
     prepare_folder(folder, force)

@@ -58,7 +58,7 @@ class TokenizerSource:
         return self.path.is_dir()
 
 
-def open_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
+def inspect_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
     """Look at a sentencepiece model file or a Hugging Face folder. Raises UserError if it does not fit the model."""
     path = Path(path).expanduser()
     if not path.exists():

@@ -5,15 +5,13 @@ keys, their values, the arithmetic, and what to change.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from internlm.config.layout import divisors, find_layout_problems, not_divided
+from internlm.config.layout import Problems, divisors, find_layout_problems, not_divided
 from internlm.config.schema import V_SCHEDULES, Config, LoraConfig, ModelConfig
 from internlm.utils.errors import UserError
-
-Problems = Iterator[str]
 
 
 class ConfigError(UserError):

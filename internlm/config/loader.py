@@ -22,7 +22,7 @@ from internlm.config.modernise import Report, modernise, settle
 from internlm.config.presets import PRESETS
 from internlm.config.problems import validation_problems
 from internlm.config.schema import Config
-from internlm.config.source import layers
+from internlm.config.source import read_layers
 from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ def load_config(
     """
     report = Report()
     tree: Tree = {}
-    for origin, layer in layers(source):
+    for origin, layer in read_layers(source):
         tree = merge(tree, modernise(layer, origin, report))
     tree = merge(tree, modernise(_parse_overrides(overrides, report), "override", report))
     tree = merge(tree, {key: value for key, value in top_level.items() if value is not None})

@@ -18,7 +18,7 @@ from internlm.config.legacy import Tree
 from internlm.config.schema import Config
 
 
-def layers(source: str | Path | dict[str, Any], open_files: tuple[Path, ...] = ()) -> Iterator[tuple[str, Tree]]:
+def read_layers(source: str | Path | dict[str, Any], open_files: tuple[Path, ...] = ()) -> Iterator[tuple[str, Tree]]:
     """(origin, names) of `source` and, before it, of its bases."""
     if isinstance(source, dict):
         origin, folder, names = "dict", Path.cwd(), copy.deepcopy(source)
@@ -33,7 +33,7 @@ def layers(source: str | Path | dict[str, Any], open_files: tuple[Path, ...] = (
     if not isinstance(bases, list | tuple) or not all(isinstance(base, str | Path) for base in bases):
         raise ConfigError(origin, [f"_base_ = {bases!r}: expected a path or a list of paths"])
     for base in bases:
-        yield from layers(folder / base, open_files)
+        yield from read_layers(folder / base, open_files)
     yield origin, {key: value for key, value in names.items() if _is_key(key)}
 
 

@@ -1,6 +1,7 @@
 """Collectives along one axis; the group is an argument.
 
-Those in place send nothing in a group of one. The others are for groups of several ranks and can be waited for later.
+Functions with a name that ends in _ work in place and do nothing in a group of one. Those that return `Sent` come back
+before the transfer is done, and like the rest need a group of several ranks.
 """
 
 from collections.abc import Callable
@@ -79,11 +80,11 @@ def all_reduce(x: Tensor, group: Group) -> Sent:
 
 
 class Exchange:
-    """A differentiable all-to-all of equal parts on its way: x [ranks, ...] -> [ranks, ...], of which part i comes from
-    rank i's part for this rank. Compute may go on until it calls `wait`.
+    """A differentiable all-to-all of equal parts under way: x [ranks, ...] -> [ranks, ...], where part i of the result
+    is rank i's part for this rank. Compute may go on until it calls `wait`.
 
-    It is its own gradient, and in backward compute may go on likewise: the gradient starts to travel where `wait` was
-    called, and is waited for where the exchange began.
+    The gradient takes the same way back and overlaps as well: in backward it is sent where `wait` was called, and
+    waited for where the exchange began.
     """
 
     def __init__(self, x: Tensor, group: Group) -> None:
@@ -91,12 +92,12 @@ class Exchange:
         self._x: Tensor = _Begin.apply(x, self._way)
 
     def wait(self) -> Tensor:
-        """What has arrived. To be called once."""
+        """The result. To be called once."""
         return _End.apply(self._x, self._way)  # type: ignore[no-untyped-call]
 
 
 class _Way:
-    """What is under way of an exchange, forward or backward. Autograd's graph holds it: it must not hold the graph."""
+    """The transfer of an exchange, forward or backward. Autograd's graph holds it, so it must not hold the graph."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -138,9 +139,11 @@ class _End(torch.autograd.Function):
 
 
 def shift(outgoing: Tensor | None, incoming: Tensor | None, distance: int, group: Group) -> Callable[[], Tensor | None]:
-    """Starts to send `outgoing` to the rank `distance` after this one, in a circle, and to fill `incoming` from the one
-    as far before it. None: nothing is sent that way, which the partner knows. The result, called, waits for both and
-    returns `incoming`. With NCCL, no rank may be left out of a group's first transfer: have another collective before.
+    """Starts to send `outgoing` to the rank `distance` places after this one in the ring, and to receive `incoming`
+    from the one `distance` places before it. None: nothing is sent that way, and the other rank knows it.
+
+    Returns a function that waits for both and returns `incoming`. NCCL wants all ranks in the first transfer of a
+    group, so the group must have been used before.
     """
     rank, ranks = group.rank(), group.size()
     sides = (dist.isend, outgoing, rank + distance), (dist.irecv, incoming, rank - distance)
@@ -157,7 +160,7 @@ def shift(outgoing: Tensor | None, incoming: Tensor | None, distance: int, group
 
 
 def add_other_end_(buffer: Tensor, group: Group) -> None:
-    """Sums `buffer` over the first and the last rank, in place. Called by these two; the sums are the same bits."""
+    """Sums `buffer` over the first and the last rank, in place. Called by these two, which get identical sums."""
     other = group.size() - 1 if group.rank() == 0 else 0
     theirs = torch.empty_like(buffer)
     transfers = [
@@ -170,9 +173,9 @@ def add_other_end_(buffer: Tensor, group: Group) -> None:
 
 
 def all_to_all(x: Tensor, group: Group, sends: list[int] | None = None, receives: list[int] | None = None) -> Tensor:
-    """Rows of x [n, ...] to other ranks, `sends[r]` of them to rank r in order; returns what came, by rank of origin.
+    """Sends rows of x [n, ...] to other ranks, `sends[r]` of them to rank r, in order.
 
-    Equal parts where nothing else is said.
+    Returns the rows that arrive, `receives[r]` from rank r, in order of r. Without both, all parts are equal.
     """
     received = x.new_empty(x.shape[0] if receives is None else sum(receives), *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), receives, sends, group=group)

@@ -1,4 +1,4 @@
-"""Lanes: where collectives run beside compute, in the order in which they were submitted.
+"""Lanes: queues in which collectives run beside compute, in the order in which they were submitted.
 
 On a GPU a lane is a CUDA stream. On a CPU it is one thread, so that gloo's transfers overlap with compute there as well
 and the order of collectives is the same on all ranks.
@@ -18,7 +18,7 @@ class Lane(Protocol):
     """A queue of work beside the current stream of compute."""
 
     def submit(self, work: Work) -> Callable[[], None]:
-        """Queues `work` behind all that compute has launched so far. The result, when called, makes compute wait."""
+        """Queues `work` after all that compute has launched so far. Returns a function that makes compute wait for it."""
         ...
 
 
@@ -37,7 +37,7 @@ class StreamLane:
 
 
 def _wait_for(done: torch.cuda.Event, work: Work) -> None:
-    # `work` has been launched long ago. Held here, the memory it uses isn't given to others until compute has waited.
+    # `work` is only held: its memory must not be given to others until compute has waited.
     torch.cuda.current_stream().wait_event(done)
 
 
@@ -68,7 +68,7 @@ def build_lanes(device: torch.device, overlap_reduce: bool, overlap_gather: bool
     thread = ThreadLane() if overlap_reduce or overlap_gather else inline
     if overlap_reduce == overlap_gather:
         return thread, thread
-    # One of the two is in line: it must still queue behind what the thread has not finished.
+    # One of the two doesn't overlap, but it must still wait for what the thread has not finished.
     waiting = _WaitingLane(thread)
     return (thread, waiting) if overlap_reduce else (waiting, thread)
 

@@ -33,12 +33,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from internlm.config.schema import ParallelConfig
+from internlm.core.collectives import Group
 from internlm.core.launch import World
 
 MODEL_AXES = ("pipeline", "data", "ring", "ulysses", "tensor")
 ZERO_AXES = ("replica", "optim", "grad", "param")
-
-Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True)

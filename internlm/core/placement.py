@@ -25,12 +25,12 @@ class Placement:
 
 
 def whole(shape: tuple[int, ...], grad_scale: float = 1.0) -> Placement:
-    """Of a parameter that is not cut."""
+    """The placement of a parameter that is not cut."""
     return Placement(shape, tuple((0, size) for size in shape), grad_scale=grad_scale)
 
 
 def cut(shape: tuple[int, ...], dim: int, rank: int, ranks: int, axis: Literal["tensor", "expert"]) -> Placement:
-    """Of a parameter cut along `dim` into equal parts, of which this rank holds number `rank`."""
+    """The placement of a parameter cut along `dim` into `ranks` equal parts, of which this rank holds number `rank`."""
     assert shape[dim] % ranks == 0, (shape, dim, ranks)
     part = shape[dim] // ranks
     box = [(0, size) for size in shape]

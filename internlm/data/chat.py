@@ -168,7 +168,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
         )
     if tokenizer.size < vocab_size:
         logger.info(f"tokenizer {path} has {tokenizer.size} ids, the model {vocab_size}: the rest is not used")
-    template = with_marks(chat_template(data))
+    template = with_marks(template_of_data(data))
     stop = template.stop[0] if template.stop else ""
     if stop and len(tokenizer.encode(stop)) != 1:
         logger.warning(
@@ -178,7 +178,7 @@ def recipe_of(data: DataConfig, vocab_size: int) -> ChatRecipe:
     return ChatRecipe(path, template, data.train_on, data.seq_len, data.long_samples, data.type == "preference")
 
 
-def chat_template(data: DataConfig) -> ChatTemplate:
+def template_of_data(data: DataConfig) -> ChatTemplate:
     """How turns are written: as `data.chat_template` says, or as the tokenizer's folder does. Raises UserError."""
     if data.chat_template is not None:
         return find_template(data.chat_template)

@@ -14,8 +14,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, size: int | None = None) -> None:
         super().__init__()
         size = config.ffn_size if size is None else size
-        self.w13 = Linear(config.hidden_size, (2, size), False, dtype, config.fp8)
-        self.w2 = Linear(size, (config.hidden_size,), False, dtype, config.fp8)
+        self.w13 = Linear(config.hidden_size, (2, size), bias=False, dtype=dtype, fp8=config.fp8)
+        self.w2 = Linear(size, (config.hidden_size,), bias=False, dtype=dtype, fp8=config.fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 BLOCK = 1024
 
-# How the fp32 weight is stored.
+# KIND: how the fp32 weight is stored.
 PLAIN, SPLIT, COPY = 0, 1, 2
 
 
 @triton.jit
 def _adamw(param, grad, exp_avg, exp_avg_sq, other, scalars, size, decay_stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """`other` is the remainder (KIND 1) or the fp32 master (KIND 2); a bfloat16 `param` comes as its bits, int16."""
+    """`other`: the remainder (KIND 1) or the fp32 master (KIND 2); a bfloat16 `param` is passed as its bits, int16."""
     grad_factor, one_minus_beta1 = tl.load(scalars), tl.load(scalars + 1)
     beta2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
     bias_correction2_sqrt, negative_step_size = tl.load(scalars + 4), tl.load(scalars + 5)
@@ -67,8 +67,11 @@ def launch(
     master: Tensor | None,
 ) -> None:
     """As `adamw_reference_`."""
-    kind = SPLIT if remainder is not None else PLAIN if master is None else COPY
-    other = param if kind == PLAIN else remainder if kind == SPLIT else master
+    kind, other = PLAIN, param
+    if remainder is not None:
+        kind, other = SPLIT, remainder
+    elif master is not None:
+        kind, other = COPY, master
     bits = param.view(torch.int16) if param.dtype == torch.bfloat16 else param
     grid = (triton.cdiv(param.numel(), BLOCK),)
     _adamw[grid](

@@ -45,7 +45,7 @@ def prepare_attention(backend: Backend, device: torch.device, dtype: torch.dtype
         if dtype in SIXTEEN_BIT:
             attention_flash.load_flash4()
         for uniform in (True, False):
-            _log(*_choice(True, dtype, head_dim, uniform))
+            _log(*_choice(dtype, head_dim, on_gpu=True, uniform=uniform))
     elif problem := _why_not(backend, dtype, head_dim):
         raise UserError(f'model.attn_backend = "{backend}": {problem}; set "auto"')
 
@@ -96,7 +96,8 @@ def choose_backend(q: Tensor, segments: Segments) -> Backend:
     compiling = torch.compiler.is_compiling()
     if q.is_cuda and q.dtype in SIXTEEN_BIT and not compiling:
         attention_flash.load_flash4()
-    backend, reason = _choice(q.is_cuda, q.dtype, q.shape[-1], segments.num_equal > 0)
+    uniform = segments.num_equal > 0
+    backend, reason = _choice(q.dtype, q.shape[-1], on_gpu=q.is_cuda, uniform=uniform)
     if not compiling:
         _log(backend, reason)
     return backend
@@ -111,7 +112,8 @@ def _takes_heads(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256
 
 
-def _choice(on_gpu: bool, dtype: torch.dtype, head_dim: int, uniform: bool) -> tuple[Backend, str]:
+def _choice(dtype: torch.dtype, head_dim: int, *, on_gpu: bool, uniform: bool) -> tuple[Backend, str]:
+    """What "auto" takes, and why. `uniform`: all segments have one length."""
     if not on_gpu:
         return "sdpa", "no GPU"
     applies, flash4_reason = flash4_applies(dtype, head_dim)

@@ -28,7 +28,7 @@ IGNORE_INDEX = -100
 
 # Elements of one chunk of logits. On a GPU some 5k rows of the usual vocabularies: 1 GB by the kernel, 5 GB by torch;
 # fewer rows make slow matrix products. On a CPU: near the caches.
-_CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**22}
+CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**22}
 
 
 _kernel = find_kernels("cross_entropy_kernel")
@@ -155,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_rows(tokens: int, vocab: int, device_type: str) -> int:
     """Rows of a chunk: as few chunks as the memory allows, alike, and whole tiles of a matrix product each."""
-    most = max(1, _CHUNK_ELEMENTS.get(device_type, 2**22) // vocab)
+    most = max(1, CHUNK_ELEMENTS.get(device_type, 2**22) // vocab)
     rows = -(-tokens // -(-tokens // most))
     return min(most, -(-rows // 128) * 128)
 

@@ -96,7 +96,8 @@ def _blend_by_number(wavelengths: Tensor, base: float, scaling: RopeScaling) -> 
     if scaling.truncate:
         first, last = floor(first), ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
-    last += 0.001 * (first == last)
+    if first == last:  # as transformers, against a division by zero
+        last += 0.001
     ramp = (torch.arange(half, dtype=torch.float32, device=wavelengths.device) - first) / (last - first)
     stays = 1 - ramp.clamp(0, 1)
     return 1.0 / (scaling.factor * wavelengths) * (1 - stays) + 1.0 / wavelengths * stays

@@ -33,8 +33,8 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     """Compiles the blocks where `model.compile` says so. Whether and why is logged."""
     problem = why_not(config, mesh, mesh.device.type)
     if problem:
-        unheard = config.model.compile is True  # what was asked for and isn't done is worth a warning
-        log_once(logger, f"blocks are not compiled: {problem}", logging.WARNING if unheard else logging.INFO)
+        level = logging.WARNING if config.model.compile is True else logging.INFO
+        log_once(logger, f"blocks are not compiled: {problem}", level)
         return
     blocks = [block for block in layers if isinstance(block, Block)]
     whole_graph = config.model.attn_backend != "flash"  # a call that can't be traced parts a block's graph in two
@@ -61,9 +61,9 @@ def why_not(config: Config, mesh: Mesh, device: str) -> str | None:
         return "how many tokens an expert gets differs from row to row"
     if mesh.sizes["pipeline"] > 1 and config.pipeline_schedule in V_SCHEDULES:
         return f"{config.pipeline_schedule} splits backward in two, and that of a compiled block is one piece"
-    talking = [f"{axis} {mesh.sizes[axis]}" for axis in ("tensor", "ring", "ulysses") if mesh.sizes[axis] > 1]
-    if talking:
-        return f"they communicate ({', '.join(talking)})"
+    communicating = [f"{axis} {mesh.sizes[axis]}" for axis in ("tensor", "ring", "ulysses") if mesh.sizes[axis] > 1]
+    if communicating:
+        return f"they communicate ({', '.join(communicating)})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a schedule tells others, and what it asks of the optimizer."""
+"""The interfaces between a schedule, the trainer and the optimizer engine."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
@@ -7,14 +7,14 @@ from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
 
-# Told of the loss of each micro batch, on the ranks that compute it: (output, the part of the row that it is of).
+# Called for each micro batch on the ranks that compute its loss: (output, the part of the row that it belongs to).
 OnLoss = Callable[[LossOutput, Batch], None]
 # What is trained: (model, row, the weight of its summed loss) -> that loss.
 Objective = Callable[[Transformer, Batch, float], LossOutput]
 
 
 class GradientEngine(Protocol):
-    """What a schedule tells the optimizer."""
+    """What a schedule needs of the optimizer; see `solver.HybridZero`."""
 
     def begin_step(self, num_micro_batches: int, chunks: Sequence[Collection[str]] | None = None) -> None: ...
 

@@ -22,6 +22,7 @@ from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, box_shape, cut
 from internlm.model.moe import MoE, RowPart, permuted
 from internlm.model.transformer import Transformer
+from internlm.parallel.recompute import replace_forward
 from internlm.parallel.zigzag import spans
 
 
@@ -39,8 +40,7 @@ def cut_experts(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
             # experts of a model with adapters are frozen
             setattr(moe.experts, key, nn.Parameter(part, requires_grad=parameter.requires_grad))
         if mesh.sizes["expert"] > 1:
-            exchanged = partial(_exchanged, mesh.group("expert"), moe.experts.forward)
-            moe.experts.forward = exchanged  # type: ignore[method-assign]
+            replace_forward(moe.experts, partial(_exchanged, mesh.group("expert"), moe.experts.forward))
     route_by(model, config.parallel.tensor.mode, mesh)
     return placements
 

@@ -1,18 +1,18 @@
-"""What blocks keep for backward waits in the host's memory: `model.checkpoint="offload"`.
+"""Blocks keep their widest activation in host memory until backward needs it: `model.checkpoint="offload"`.
 
-The widest tensor that a block keeps moves, the product of its `w13` [tokens, 2, ffn]; SwiGLU is computed again from it
-(`recompute.py`), which takes no matrix product. Copies run on a stream of their own, beside the computation:
+This tensor is the product of a block's `w13` [tokens, 2, ffn]; SwiGLU is recomputed from it (`recompute.py`), which
+takes no matrix product. Copies run on a stream of their own, beside the computation:
 
-    forward   When block i ends, its product begins to leave. First the computation waits until that of block i - 1 has
-              left and its memory is free, so the device has two of them at most.
-    backward  When block i begins, it waits until its product is back, and that of block i - 1 begins to come.
+    forward   When block i ends, the copy of its product to the host starts. Before that, the computation waits until
+              the copy of block i - 1 is done and its memory is free, so at most two products are on the device.
+    backward  When block i begins, it waits until its product is back, and the copy of that of block i - 1 starts.
 
-The last block of a chunk is the first in backward: its product stays. The host's buffers are page-locked, without which
-a copy would not run beside anything; they are made when first needed and used again.
+The last block of a chunk is the first in backward, so its product stays on the device. The host's buffers are
+page-locked, since only such copies run beside the computation; they are allocated when first needed and used again.
 
-The tensor is caught where autograd keeps it, around the block's call: there compiled code hands out what it keeps just
-as plain autograd does. (vDNN, Rhu et al., 2016, moved activations so; ZeRO-Infinity, Rajbhandari et al., 2021, moves
-the inputs of recomputed blocks.)
+The tensor is intercepted where autograd saves it, around the block's call: there compiled code passes on what it saves
+just as plain autograd does. (vDNN, Rhu et al., 2016, moved activations this way; ZeRO-Infinity, Rajbhandari et al.,
+2021, moves the inputs of recomputed blocks.)
 """
 
 import mmap
@@ -34,27 +34,27 @@ logger = get_logger(__name__)
 
 
 def offload_blocks(chunks: Sequence[Sequence[nn.Module]]) -> None:
-    """Makes the blocks of each chunk, but for its last, keep the product of `w13` on the host. Comes after compilation:
-    hooks on what is kept don't reach into compiled code."""
-    lane = Lane()
+    """Makes the blocks of each chunk, except its last, keep the product of `w13` on the host. To be called after
+    compilation, since hooks on saved tensors don't reach into compiled code."""
+    transfers = Transfers()
     for blocks in chunks:
         for index, block in enumerate(blocks):
             width = prod(block.get_submodule("feed_forward.w13").out_shape)  # type: ignore[arg-type]
-            place = partial(_run, lane, block.forward, width, index == 0, index == len(blocks) - 1)
+            place = partial(_run, transfers, block.forward, width, index == 0, index == len(blocks) - 1)
             replace_forward(block, place)
     moved = sum(len(blocks) - 1 for blocks in chunks)
     log_once(logger, f"{moved} of {sum(map(len, chunks))} blocks keep their widest activation in the host's memory")
 
 
-def _run(lane: "Lane", forward: Callable[..., Any], width: int, first: bool, stays: bool, *args: Any) -> Any:
+def _run(transfers: "Transfers", forward: Callable[..., Any], width: int, first: bool, stays: bool, *args: Any) -> Any:
     if first:
-        lane.newest = None
+        transfers.newest = None
 
     def keep(tensor: Tensor) -> "Tensor | Kept":
         # numbers of a byte: the weight that fp8 keeps, which may be as wide
         if tensor.shape[1:].numel() != width or not tensor.is_contiguous() or tensor.itemsize == 1:
             return tensor
-        return lane.keep(tensor, stays)
+        return transfers.keep(tensor, stays)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, _give):
         return forward(*args)
@@ -64,8 +64,8 @@ def _give(kept: "Tensor | Kept") -> Tensor:
     return kept.take() if isinstance(kept, Kept) else kept
 
 
-class Lane:
-    """The copies between a device and its host, one after the other."""
+class Transfers:
+    """The copies between a device and its host, one after the other, and the buffers on the host."""
 
     def __init__(self) -> None:
         self.buffers = HostBuffers()
@@ -74,7 +74,7 @@ class Lane:
         self._stream: torch.cuda.Stream | None = None
 
     def keep(self, tensor: Tensor, stays: bool) -> "Kept":
-        """`tensor` for autograd; unless it `stays`, it begins to leave."""
+        """Wraps `tensor` for autograd; unless it `stays`, its copy to the host starts."""
         if self._leaving is not None:
             self._leaving.wait()
             self._leaving = None
@@ -85,7 +85,7 @@ class Lane:
         return kept
 
     def copy(self, target: Tensor, source: Tensor) -> "Copy":
-        """Begins when the device has done what it was given so far."""
+        """Starts a copy, which runs once the device has done what was queued so far."""
         device = source.device if source.is_cuda else target.device
         if device.type != "cuda":
             target.copy_(source)
@@ -115,8 +115,8 @@ class Copy:
 class Kept:
     """A tensor that a block keeps of one micro batch. Autograd holds it until that block's backward is over."""
 
-    def __init__(self, lane: Lane, tensor: Tensor, before: "weakref.ref[Kept] | None") -> None:
-        self._lane, self._before = lane, before  # `before`: of the block before, which backward needs next
+    def __init__(self, transfers: Transfers, tensor: Tensor, before: "weakref.ref[Kept] | None") -> None:
+        self._transfers, self._before = transfers, before  # `before`: of the block before, which backward needs next
         self._here: Tensor | None = tensor
         self._buffer: Tensor | None = None
         self._coming: Copy | None = None
@@ -124,8 +124,8 @@ class Kept:
 
     def leave(self) -> Copy:
         assert self._here is not None
-        self._buffer = self._lane.buffers.take(self._here)
-        copy = self._lane.copy(self._on_host(), self._here)
+        self._buffer = self._transfers.buffers.take(self._here)
+        copy = self._transfers.copy(self._on_host(), self._here)
         self._here = None
         return copy
 
@@ -133,7 +133,7 @@ class Kept:
         """Begins to copy it back, unless it is here."""
         if self._here is None and self._coming is None:
             target = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            self._coming = self._lane.copy(target, self._on_host())
+            self._coming = self._transfers.copy(target, self._on_host())
 
     def take(self) -> Tensor:
         """The tensor on the device; the one that backward needs next begins to come."""
@@ -155,12 +155,12 @@ class Kept:
         if self._coming is not None:  # nobody came for it: a backward that was given up
             self._coming.wait()
         if self._buffer is not None:
-            self._lane.buffers.give_back(self._buffer)
+            self._transfers.buffers.give_back(self._buffer)
 
 
 class HostBuffers:
-    """Page-locked memory of the host in pieces, by their size. As all copies of a lane follow one another, a piece may
-    be given back, and taken for the next copy, while the last one is under way."""
+    """Page-locked host memory, in buffers by size. Since all copies of `Transfers` follow one another, a buffer may be
+    given back, and taken for the next copy, while its last one is under way."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)

@@ -37,8 +37,9 @@ class PipelineLayout:
 
     def modules(self, chunk: int) -> list[str]:
         """Names of the model's parts that a chunk consists of, in the order of the forward pass."""
-        names = [f"layers.{index}" for index in self.layers[chunk]]
-        return ["embedding"] * (chunk == 0) + names + ["head"] * (chunk == self.num_chunks - 1)
+        first = ["embedding"] if chunk == 0 else []
+        last = ["head"] if chunk == self.num_chunks - 1 else []
+        return [*first, *(f"layers.{index}" for index in self.layers[chunk]), *last]
 
 
 def pipeline_layout(config: Config) -> PipelineLayout:

@@ -35,6 +35,7 @@ from internlm.model.lora import adapted
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import linear_cross_entropy
 from internlm.ops.spread_matmul import gather_matmul, matmul_scatter
+from internlm.parallel.recompute import replace_forward
 
 Mode = Literal["mtp", "msp", "fsp"]
 
@@ -90,7 +91,7 @@ def attach(model: Transformer, config: Config, mesh: Mesh, mode: Mode) -> None:
     group, lora = mesh.group("tensor"), config.lora
     leave = partial(_Leave.apply, group, mode)
     if isinstance(model.embedding, Embedding):
-        _replace_forward(model.embedding, partial(_embed, model.embedding, mesh.coordinates["tensor"], leave))
+        replace_forward(model.embedding, partial(_embed, model.embedding, mesh.coordinates["tensor"], leave))
     for name, module in model.layers.named_modules():
         if isinstance(module, Linear):
             enters = name.endswith(("wqkv", "w13"))
@@ -98,14 +99,10 @@ def attach(model: Transformer, config: Config, mesh: Mesh, mode: Mode) -> None:
             if lora is not None and hasattr(module, "lora_a"):
                 carry = partial(_Enter.apply, group, mode) if enters else leave
                 project = partial(adapted, module, lora, project, carry)
-            _replace_forward(module, project)
+            replace_forward(module, project)
     if isinstance(model.head, Head):
-        _replace_forward(model.head.norm, partial(_normed, model.head.norm, group, mode))
+        replace_forward(model.head.norm, partial(_normed, model.head.norm, group, mode))
         model.head.cross_entropy = partial(linear_cross_entropy, group=group)
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    module.forward = forward  # type: ignore[method-assign]
 
 
 def _embed(embedding: Embedding, rank: int, leave: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
@@ -142,8 +139,8 @@ class _ProjectIn(torch.autograd.Function):
     def forward(ctx: Any, group: Group, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.group, ctx.mode = group, mode
         entered, y = (x, x @ weight.T) if mode == "mtp" else gather_matmul(x, weight.T, group)
-        is_frozen = not ctx.needs_input_grad[3]
-        ctx.save_for_backward(None if is_frozen else x if mode == "fsp" else entered, weight)
+        kept = x if mode == "fsp" else entered
+        ctx.save_for_backward(kept if ctx.needs_input_grad[3] else None, weight)
         return y if bias is None else y + bias
 
     @staticmethod

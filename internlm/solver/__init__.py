@@ -1,0 +1,1 @@
+"""Floor 5: Hybrid ZeRO, the optimizer engine, and the schedules of its learning rate."""

@@ -1,4 +1,4 @@
-"""Units and their flat buffers: who lies where.
+"""Units and their flat buffers: where each parameter lies.
 
 A unit is what is gathered, reduced and updated at once: a transformer block, the embedding, the head. Where a module
 mixes dtypes, frozen and trained parameters, or parameters that different ranks share, it has a unit for each. All
@@ -6,11 +6,11 @@ parameters of a unit lie in one flat buffer, so that a collective moves one piec
 out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from torch import nn
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 
-# Who shares a unit's parameters: dense ones the ranks that hold the same part of the model; copied ones those as well,
-# and every tensor rank has a copy; experts the ranks that hold the same experts.
+# Which ranks share a unit's parameters. dense: those that hold the same part of the model; copied: the same, and every
+# tensor rank has a copy; expert: those that hold the same experts.
 Kind = Literal["dense", "copied", "expert"]
 KINDS: tuple[Kind, ...] = ("dense", "copied", "expert")
 
@@ -39,7 +39,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The flat buffer of a unit. Slots with weight decay come first, so that a single position parts the two kinds."""
+    """The flat buffer of a unit. Slots with weight decay come first, so that one position separates them."""
 
     name: str
     kind: Kind
@@ -53,7 +53,7 @@ class UnitLayout:
 
 
 def num_shards(mesh: Mesh) -> dict[Kind, int]:
-    """Into how many parts buffers of each kind are cut."""
+    """How many shards the buffers of each kind are cut into."""
     dense, expert = (
         prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)
     )
@@ -73,7 +73,7 @@ def plan_units(
 
     Args:
         model: its children are the units; a `ModuleList` stands for its members.
-        num_shards: into how many equal parts the buffers of a kind must divide (the os of Hybrid ZeRO).
+        num_shards: by kind, how many equal shards a buffer must divide into (the os of Hybrid ZeRO).
         no_decay: patterns of parameter names without weight decay.
         shared: the last module uses the first one's parameters as well (tied embeddings).
         placements: by name, of parameters that `parallel` has cut; the others are whole.
@@ -86,27 +86,41 @@ def plan_units(
     units = []
     for module in modules:
         users = (module, modules[-1]) if shared and module == modules[0] else (module,)
-        groups: dict[tuple[bool, bool, int, str], list[Slot]] = {}
-        dtypes: dict[str, torch.dtype] = {}
+        groups: dict[_Group, list[Slot]] = {}
         for inner, parameter in model.get_submodule(module).named_parameters():
             name, shape = f"{module}.{inner}", tuple(parameter.shape)
             placement = (placements or {}).get(name, whole(shape))
-            dtype_name = str(parameter.dtype).removeprefix("torch.")
             in_4_bits = not parameter.requires_grad and any(fnmatch(name, pattern) for pattern in packed)
-            key = (parameter.requires_grad, in_4_bits, KINDS.index(_kind(placement, tensor_size)), dtype_name)
-            dtypes[dtype_name] = parameter.dtype
-            groups.setdefault(key, []).append(Slot(name, shape, 0, prod(shape), placement))
-        mixed = len({trainable for trainable, *_ in groups}) > 1
-        for key in sorted(groups):
-            trainable, in_4_bits, kind_index, dtype_name = key
-            kind = KINDS[kind_index]
-            suffix = f":{dtype_name}" if len(dtypes) > 1 else ""
-            suffix += f":{kind}" if len({index for _, _, index, _ in groups}) > 1 and kind != "dense" else ""
-            suffix += ":packed" if in_4_bits else ":frozen" if mixed and not trainable else ""
-            dtype = dtypes[dtype_name]
-            layout = _layout(module + suffix, kind, dtype, groups[key], num_shards[kind], no_decay, users)
-            units.append(replace(layout, trainable=trainable, packed=in_4_bits))
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            group = _Group(parameter.requires_grad, in_4_bits, KINDS.index(_kind(placement, tensor_size)), dtype)
+            groups.setdefault(group, []).append(Slot(name, shape, 0, prod(shape), placement))
+        for group in sorted(groups):
+            name, kind, dtype = module + group.suffix(groups), KINDS[group.kind], getattr(torch, group.dtype)
+            layout = _layout(name, kind, dtype, groups[group], num_shards[kind], no_decay, users)
+            units.append(replace(layout, trainable=group.trainable, packed=group.packed))
     return units
+
+
+class _Group(NamedTuple):
+    """What the parameters of a unit have in common. A module's units are sorted by these fields."""
+
+    trainable: bool
+    packed: bool
+    kind: int  # its place in KINDS
+    dtype: str
+
+    def suffix(self, groups: Collection["_Group"]) -> str:
+        """What tells the unit's name from those of the other `groups` of its module."""
+        parts = []
+        if len({group.dtype for group in groups}) > 1:
+            parts.append(self.dtype)
+        if len({group.kind for group in groups}) > 1 and KINDS[self.kind] != "dense":
+            parts.append(KINDS[self.kind])
+        if self.packed:
+            parts.append("packed")
+        elif not self.trainable and any(group.trainable for group in groups):
+            parts.append("frozen")
+        return "".join(f":{part}" for part in parts)
 
 
 def _kind(placement: Placement, tensor_size: int) -> Kind:
@@ -124,7 +138,7 @@ def _layout(
     no_decay: Sequence[str],
     users: tuple[str, ...],
 ) -> UnitLayout:
-    """Lines `parameters` up, those with weight decay first."""
+    """Places `parameters` one after another, those with weight decay first."""
     undecayed = {slot.name for slot in parameters if any(fnmatch(slot.name, pattern) for pattern in no_decay)}
     slots, end, decay_stop = [], 0, 0
     for slot in sorted(parameters, key=lambda slot: slot.name in undecayed):

@@ -1,11 +1,11 @@
-"""When a unit's parameters are at hand: from just before their use until just after, where ranks share them (p > 1).
+"""Fetches a unit's parameters just before they are used, and drops them just after, if ranks share them (p > 1).
 
-    forward    a module's units are waited for, and the next unit's parameters start on their way meanwhile; after the
-               module they are dropped, unless its backward follows at once
-    backward   they are fetched again before the module's backward, and the unit's before it meanwhile; the engine
-               drops them when the unit's last gradient has come
+    forward    a module waits for the parameters of its units, while those of the next unit are being fetched; they are
+               dropped after the module, unless its backward follows at once
+    backward   they are fetched again before the module's backward; while that is computed, so are those of the unit
+               before it; the engine drops them when the unit's last gradient has arrived
 
-Where every rank keeps its parameters (p = 1) nothing is fetched, and what is waited for are the values that the last
+If every rank keeps all parameters (p = 1), nothing is fetched, and a module only waits for the values that the last
 update sends.
 """
 
@@ -25,7 +25,7 @@ Trace = Callable[[str, str], None]  # (event, unit)
 class Presence:
     """Watches the calls of a model's modules.
 
-    `units` are in the order of the forward pass. Without `ahead` each is fetched in its turn, and none meanwhile.
+    `units` are in the order of the forward pass. Without `ahead`, each is fetched only when its turn comes.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], lane: Lane, ahead: bool, trace: Trace) -> None:
@@ -41,7 +41,7 @@ class Presence:
                 module.register_forward_hook(partial(self._after_forward, indices))
 
     def fetch_ahead(self, index: int) -> None:
-        """Starts gathering the parameters of the unit whose turn is next, if there is one."""
+        """Starts gathering the parameters of unit `index`, if there is one."""
         if self.ahead and 0 <= index < len(self.units):
             self._fetch(self.units[index])
 
@@ -96,7 +96,7 @@ class Presence:
 
 
 def traced(trace: Trace, event: str, unit: Unit, work: Callable[[], None]) -> Callable[[], None]:
-    """`work` on a unit, told of at both ends."""
+    """`work` on a unit, with its begin and end reported to `trace`."""
 
     def run() -> None:
         trace(f"{event}.begin", unit.layout.name)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.collectives import (
+    Group,
     add_other_end_,
     all_gather_,
     all_gather_into,
@@ -26,7 +27,7 @@ from internlm.core.collectives import (
     own_chunk,
     reduce_scatter_,
 )
-from internlm.core.mesh import Axes, Group
+from internlm.core.mesh import Axes
 from internlm.ops.adamw import join_master, round_to, split_master
 from internlm.ops.nf4 import Packed, pack, require_nf4, unpack
 from internlm.solver.buckets import Slot, UnitLayout

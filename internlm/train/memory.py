@@ -14,6 +14,7 @@ from internlm.config.schema import Config, ModelConfig
 from internlm.core.launch import pretend
 from internlm.core.mesh import Axes, Mesh, build_mesh
 from internlm.model.transformer import build_model
+from internlm.ops.cross_entropy import CHUNK_ELEMENTS
 from internlm.ops.nf4 import BITS
 from internlm.parallel.compile import NORMS_AGAIN, why_not
 from internlm.parallel.parallelize import parallelize
@@ -22,9 +23,6 @@ from internlm.parallel.split import pipeline_layout
 from internlm.parallel.timetable import compute_table
 from internlm.solver.buckets import UnitLayout, num_shards, plan_units
 from internlm.utils.device import torch_dtype
-
-# linear_cross_entropy works through the logits in chunks of at most so many elements on a GPU.
-LOGITS_CHUNK = 2**29
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ def _head(config: Config, mesh: Mesh) -> int:
     """fp32 gradient of the head's weight from forward to backward, and a chunk of logits with its gradient."""
     model, tokens = config.model, _tokens(config, mesh)
     item, vocabulary = torch_dtype(model.dtype).itemsize, model.vocab_size // mesh.sizes["tensor"]
-    chunk = min(LOGITS_CHUNK, tokens * vocabulary)
+    chunk = min(CHUNK_ELEMENTS["cuda"], tokens * vocabulary)
     return vocabulary * model.hidden_size * 4 + chunk * (4 + item) + 2 * tokens * model.hidden_size * item
 
 

@@ -16,7 +16,7 @@ from internlm.train.evaluate import evaluate
 from internlm.train.metrics import BatchCounts, StepReport, StepSums, ValidReport, count_batch, perplexity
 from internlm.train.routing import Routing, load_of
 from internlm.train.state import TrainState
-from internlm.utils.device import memory_allocated, peak_flops, torch_dtype
+from internlm.utils.device import peak_flops, peak_memory, torch_dtype
 from internlm.utils.garbage import paused_collector
 from internlm.utils.logger import common_warning, get_logger
 from internlm.utils.timers import DeviceTimer, Timer
@@ -140,7 +140,7 @@ class Trainer:
             smallest_batch=counts.smallest_batch,
             step_time=seconds,
             fwd_bwd_time=self._fwd_bwd.seconds,
-            memory=memory_allocated(self.mesh.device),
+            memory=peak_memory(self.mesh.device),
             types=totals.types,
             experts=load_of(experts),
         )

@@ -97,7 +97,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def memory_allocated(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of torch's allocator on a GPU, of the whole process (resident set) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

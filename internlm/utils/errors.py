@@ -1,4 +1,4 @@
-"""The error that says: the user can mend this."""
+"""The error for mistakes that the user can fix, and helpers that raise, collect and print it."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def collected(problems: list[str]) -> Iterator[None]:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turns what the system has against writing `what` (a full disk, a missing right) into a UserError."""
+    """Turns an OSError while writing `what` (a full disk, a missing permission) into a UserError."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
 
-from internlm.checkpoint.hf_tokenizer import open_tokenizer, write_tokenizer
+from internlm.checkpoint.hf_tokenizer import inspect_tokenizer, write_tokenizer
 from internlm.utils.errors import UserError
 
 TEXTS = [
@@ -26,7 +26,7 @@ TEXTS = [
 def check_equal(model_file: Path, folder: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     folder.mkdir(exist_ok=True)
-    write_tokenizer(open_tokenizer(model_file, processor.vocab_size()), folder, 2048)
+    write_tokenizer(inspect_tokenizer(model_file, processor.vocab_size()), folder, 2048)
     LlamaConfig().save_pretrained(folder)  # AutoTokenizer also looks at the model's type
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     for text in TEXTS:
@@ -87,10 +87,10 @@ def test_a_folder_is_copied(tiny_tokenizer: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    write_tokenizer(open_tokenizer(tiny_tokenizer, 512), first, 2048)
+    write_tokenizer(inspect_tokenizer(tiny_tokenizer, 512), first, 2048)
     (first / "chat_template.jinja").write_text("{{ messages }}")
     (first / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    source = open_tokenizer(first, 600)
+    source = inspect_tokenizer(first, 600)
     assert source.size == 512
     assert source.special_ids == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 2}
     write_tokenizer(source, second, 2048)
@@ -103,17 +103,17 @@ def test_a_folder_is_copied(tiny_tokenizer: Path, tmp_path: Path) -> None:
 
 def test_wrong_tokenizers_are_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        open_tokenizer(tmp_path / "none.model", 512)
+        inspect_tokenizer(tmp_path / "none.model", 512)
     with pytest.raises(UserError, match=r"has 512 ids, the model's vocab_size is 500"):
-        open_tokenizer(tiny_tokenizer, 500)
+        inspect_tokenizer(tiny_tokenizer, 500)
     with pytest.raises(UserError, match="holds neither"):
-        open_tokenizer(tmp_path, 512)
+        inspect_tokenizer(tmp_path, 512)
     (tmp_path / "wrong.model").write_text("hello")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        open_tokenizer(tmp_path / "wrong.model", 512)
+        inspect_tokenizer(tmp_path / "wrong.model", 512)
 
 
 def test_a_smaller_tokenizer_is_a_warning(tiny_tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "internlm"):
-        open_tokenizer(tiny_tokenizer, 520)
+        inspect_tokenizer(tiny_tokenizer, 520)
     assert "512 ids, the model 520" in caplog.text

@@ -100,11 +100,11 @@ def test_gpu_fp32_agrees_with_reference():
 def test_choice(monkeypatch):
     bf16 = torch.bfloat16
     monkeypatch.setattr(room, "flash4_applies", lambda dtype, head_dim: (False, "why"))
-    assert room._choice(False, bf16, 128, False)[0] == "sdpa"
-    assert room._choice(True, bf16, 128, True)[0] == "sdpa"
-    assert room._choice(True, torch.float32, 128, False)[0] == "sdpa"
-    assert room._choice(True, bf16, 100, False)[0] == "sdpa"
-    assert room._choice(True, bf16, 100, True)[0] == "sdpa"
+    assert room._choice(bf16, 128, on_gpu=False, uniform=False)[0] == "sdpa"
+    assert room._choice(bf16, 128, on_gpu=True, uniform=True)[0] == "sdpa"
+    assert room._choice(torch.float32, 128, on_gpu=True, uniform=False)[0] == "sdpa"
+    assert room._choice(bf16, 100, on_gpu=True, uniform=False)[0] == "sdpa"
+    assert room._choice(bf16, 100, on_gpu=True, uniform=True)[0] == "sdpa"
 
 
 def test_order_of_kernels_for_ragged_segments(monkeypatch):
@@ -112,7 +112,7 @@ def test_order_of_kernels_for_ragged_segments(monkeypatch):
         monkeypatch.setattr(attention_flash, "_kernels", (None, None) if flash4 else None)
         monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (cudnn, "why"))
         monkeypatch.setattr(room, "flash_attn_version", flash)
-        return room._choice(True, torch.bfloat16, 128, False)[0]
+        return room._choice(torch.bfloat16, 128, on_gpu=True, uniform=False)[0]
 
     order = [choice(True, True, 3), choice(False, True, 3), *(choice(False, False, flash) for flash in (3, 2, 0))]
     assert order == ["flash4", "cudnn", "flash", "varlen", "varlen"]
@@ -123,10 +123,10 @@ def test_flash4_is_chosen_where_it_was_measured_to_be_the_fastest(monkeypatch, u
     monkeypatch.setattr(attention_flash, "_kernels", (None, None))
     monkeypatch.setattr(room, "cudnn_applies", lambda head_dim: (True, "why"))
     for dtype in (torch.bfloat16, torch.float16):
-        chosen = {size: room._choice(True, dtype, size, uniform)[0] for size in (64, 96, 128, 256)}
+        chosen = {size: room._choice(dtype, size, on_gpu=True, uniform=uniform)[0] for size in (64, 96, 128, 256)}
         assert chosen == {64: "flash4", 96: chosen[96], 128: "flash4", 256: chosen[96]}
         assert chosen[96] == ("sdpa" if uniform else "cudnn")
-    backend, reason = room._choice(True, torch.float32, 128, uniform)
+    backend, reason = room._choice(torch.float32, 128, on_gpu=True, uniform=uniform)
     assert backend == "sdpa" and "don't take torch.float32" in reason.replace("doesn't", "don't")
 
 
@@ -196,7 +196,7 @@ def test_flash4_is_done_without_where_it_is_another(package):
     with pytest.raises(UserError, match=r'attn_backend = "flash4": .* release 5.0 takes no cu_seqlens_k, .*return_lse'):
         prepare_attention("flash4", GPU, torch.bfloat16, 128)
     assert not attention_flash.flash4_applies(torch.bfloat16, 128)[0]
-    assert room._choice(True, torch.bfloat16, 128, True)[0] == "sdpa"
+    assert room._choice(torch.bfloat16, 128, on_gpu=True, uniform=True)[0] == "sdpa"
 
 
 @pytest.mark.parametrize(

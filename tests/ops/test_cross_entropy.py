@@ -14,7 +14,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.fixture(params=[1, 8, 1000], autouse=True)
 def rows_per_chunk(request, monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), request.param * VOCAB))
+    monkeypatch.setattr(room, "CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), request.param * VOCAB))
 
 
 def random_case(dtype=torch.float32, device="cpu"):

@@ -6,7 +6,7 @@ import torch
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
-from internlm.parallel.offload import Copy, HostBuffers, Kept, Lane
+from internlm.parallel.offload import Copy, HostBuffers, Kept, Transfers
 from internlm.parallel.parallelize import parallelize
 from tests.pool import run_ranks
 from tests.solver.tiny import CPU, Chain, build_engine, make_config, train_step
@@ -59,8 +59,8 @@ def test_offloading_leaves_8_bit_weights_alone() -> None:
 
 def test_a_copy_that_nobody_comes_for_is_waited_for() -> None:
     """Of a backward that was given up: the memory that is still written to must not go to somebody else."""
-    lane = Lane()
-    kept = lane.keep(torch.ones(2, 3), stays=False)
+    transfers = Transfers()
+    kept = transfers.keep(torch.ones(2, 3), stays=False)
     kept.come()
     with patch.object(Copy, "wait") as wait:
         del kept

@@ -38,7 +38,7 @@ def test_beside_sharded_data_ranks(mode: str) -> None:
 
 def losses_of_rank(rank: int, world_size: int, smoothing: float) -> dict[str, torch.Tensor]:
     """The cut cross-entropy on chunks of 5 rows, and torch's on the whole."""
-    room._CHUNK_ELEMENTS["cpu"] = 5 * 24
+    room.CHUNK_ELEMENTS["cpu"] = 5 * 24
     mesh = build_mesh(make_config({"tensor": {"size": world_size}}).parallel, World(rank, rank, world_size, CPU))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(17, 8, generator=generator)

@@ -107,8 +107,8 @@ def test_measuring_the_peak_takes_no_time_to_speak_of(dtype: torch.dtype) -> Non
 def test_cpu_memory_is_a_peak_in_bytes() -> None:
     """In a process of its own, which gives the block back before it asks."""
     script = (
-        "import torch; from internlm.utils.device import memory_allocated;"
-        "block = torch.ones(1 << 30, dtype=torch.uint8); del block; print(memory_allocated(torch.device('cpu')))"
+        "import torch; from internlm.utils.device import peak_memory;"
+        "block = torch.ones(1 << 30, dtype=torch.uint8); del block; print(peak_memory(torch.device('cpu')))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1 << 30 < int(result.stdout) < 4 << 30

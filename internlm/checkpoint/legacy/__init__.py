@@ -1,0 +1,1 @@
+"""Checkpoints of the 2023 framework: reading, resuming from and writing them."""
