@@ -1,8 +1,8 @@
-"""What a model in training says, every so many steps: answers to prompts, and scores of lm-evaluation-harness's tasks.
+"""Evaluates a model while it trains: answers to prompts, and scores on tasks of lm-evaluation-harness.
 
-The model is the one that trains, with its parameters where Hybrid ZeRO keeps them. So all ranks of the run compute the
-same texts, call by call, and gather what they need as they do in training. They choose tokens by rank 0's logits: none
-can end an answer earlier than another, which would then wait for it for ever.
+It is the model that trains, with its parameters where Hybrid ZeRO keeps them. So all ranks of the run compute the same
+texts, call by call, and gather parameters as they do in training. All choose tokens by rank 0's logits: otherwise one
+rank might end an answer earlier than another, which would then wait for it for ever.
 """
 
 import sys
@@ -38,8 +38,8 @@ def evaluated(
 ) -> Iterator[StepReport]:
     """`reports`, with answers and scores in every `evaluation.every`-th. Collective.
 
-    Raises UserError, before the first step, for prompts that the model cannot read, tasks that nobody knows, and those
-    that want longer answers than the model was made for.
+    Raises UserError, before the first step, for prompts that the model can't read, unknown tasks, and tasks that want
+    longer answers than the model was made for.
     """
     asked = config.evaluation
     if not asked.every:
@@ -49,6 +49,8 @@ def evaluated(
 
 
 class _Exam:
+    """Prompts and tasks of a run, and how the model is asked."""
+
     def __init__(self, model: Transformer, engine: HybridZero, config: Config, mesh: Mesh) -> None:
         self.model, self.engine, self.config, self.mesh = model, engine, config, mesh
         self.asked = config.evaluation
@@ -108,7 +110,7 @@ def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], Seq
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """What is compiled is compiled for the rows of training. Loading the compiler only to say so takes seconds."""
+    """Runs compiled blocks eagerly, as they are compiled for rows of training. Doesn't import an unused compiler."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is written, and how the copy of a moment gets on its way to storage."""
+"""Decides when to save, copies this rank's part to host memory and writes it in the background; resumes a run."""
 
 import json
 import time

@@ -267,7 +267,7 @@ def place_of(path: str) -> tuple[Storage, str]:
 
 
 def refusal(url: str, reason: str) -> UserError:
-    """That `ckpt.load_ckpt_info.path` names no whole checkpoint, but perhaps a run's folder or one of checkpoints."""
+    """The error for a `ckpt.load_ckpt_info.path` that is no intact checkpoint; names checkpoints found below it."""
     found = [(step, place + name) for place in PLACES for step, name in list_checkpoints(Storage(f"{url}/{place}"))]
     names = [name for _, name in sorted(found, key=lambda item: -item[0])]
     hint = f"; it holds checkpoints, name one of them: {', '.join(names[:8])}" if names else ""

@@ -18,7 +18,7 @@ class Lane(Protocol):
     """A queue of work beside the current stream of compute."""
 
     def submit(self, work: Work) -> Callable[[], None]:
-        """Queues `work` after all that compute has launched so far. Returns a function that makes compute wait for it."""
+        """Queues `work` after what compute has launched so far. Returns a function that makes compute wait for it."""
         ...
 
 

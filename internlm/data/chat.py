@@ -124,7 +124,7 @@ class ChatEncoder:
         return written._replace(answers=spans)
 
     def fitted(self, ids: Int64s, counts: Counter[str]) -> list[Int64s]:
-        """The sample as the rule for long ones leaves it, at most `max_length` ids a piece; counts what it did."""
+        """The sample after `long_samples` was applied: pieces of at most `max_length` ids. Counts what was done."""
         length = self.recipe.max_length
         if len(ids) <= length:
             return [ids]

@@ -79,7 +79,7 @@ class _Rows:
 
 
 class TrainRows:
-    """All training rows of a run, file after file, by one number."""
+    """All training rows of a run, numbered through all files."""
 
     def __init__(self, sources: Sources, options: PackOptions) -> None:
         self.type_names = sources.type_names
@@ -130,7 +130,7 @@ class _Reader(Dataset):
 
 
 class _Numbers(Sampler[list[int]]):
-    """What is read, step after step: asked anew whenever the loader is iterated."""
+    """The row numbers to read, step after step; asked for again whenever the loader is iterated."""
 
     def __init__(self, loader: "TrainLoader | ValidLoader") -> None:
         self.loader = loader

@@ -3,8 +3,8 @@
 The cache is `$XDG_CACHE_HOME/internlm/text`, by default `~/.cache/internlm/text`. A file's entry is named by all that
 its ids depend on: its path, size and time of change, the tokenizer's content, and the text key. One process of those
 that share the folder builds an entry; the others wait for its lock file, which the kernel frees even if the builder
-is killed. What the builder finds wrong with the text it leaves in the lock file, for those who wait: they need not read
-as far to find the same. Ids are those of `tools/tokenizer.py` with its defaults.
+is killed. If the builder finds an error in the text, it leaves the message in the lock file, so that the others don't
+have to read as far to find it. Ids are those of `tools/tokenizer.py` with its defaults.
 """
 
 import fcntl
@@ -72,7 +72,7 @@ def cached(path: Path, parts: Sequence[str], encode: Callable[[int], Iterator[En
 
 @contextmanager
 def _cache_errors(path: Path) -> Iterator[None]:
-    """What the system has against the cache (a full disk, a missing right), as a UserError."""
+    """Turns an OSError of the cache (full disk, missing permission) into a UserError."""
     try:
         yield
     except OSError as error:

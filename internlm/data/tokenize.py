@@ -193,7 +193,7 @@ def _piece_encoder(recipe: Recipe) -> Callable[[Piece], Encoded]:
 def in_processes(
     pieces: Iterator[Piece], make: Callable[[], Callable[[Piece], Encoded]], num_workers: int
 ) -> Iterator[Encoded]:
-    """What the function that `make` returns makes of each piece, in order; every process calls `make` once."""
+    """Applies the function that `make` returns to each piece, in order; every process calls `make` once."""
     if num_workers <= 1:
         yield from map(make(), pieces)
         return

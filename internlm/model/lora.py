@@ -44,9 +44,9 @@ def _same(x: Tensor) -> Tensor:
 
 
 def adapted(linear: Linear, lora: LoraConfig, project: Projection, carry: Projection, x: Tensor) -> Tensor:
-    """`project(x)`, the frozen projection, and what the adapter adds: x [tokens, in] -> [tokens, *out].
+    """The frozen projection `project(x)` plus the adapter's output: x [tokens, in] -> [tokens, *out].
 
-    `carry` stands between A and B: [tokens, rank] -> [tokens, rank], which ranks send where they share the projection.
+    `carry` is applied between A and B, [tokens, rank] -> [tokens, rank]: what tensor ranks send there.
     """
     lora_a, lora_b = (linear.get_parameter(name) for name in NAMES)
     low = carry(F.linear(F.dropout(x, lora.dropout, linear.training), lora_a))

@@ -35,7 +35,7 @@ Backend = Literal["auto", "sdpa", "flash4", "cudnn", "varlen", "flash"]
 
 
 def prepare_attention(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Loads what compiled blocks will call on `device`, since they can't, and logs which kernels "auto" takes.
+    """Loads the kernels that compiled blocks will call on `device`, which they can't do, and logs which "auto" takes.
 
     Raises UserError where `backend` can't run.
     """
@@ -108,7 +108,7 @@ def _log(backend: Backend, reason: str) -> None:
 
 
 def _takes_heads(head_dim: int) -> bool:
-    """Whether any kernel but sdpa's does."""
+    """Whether the kernels other than sdpa take heads of this size."""
     return head_dim % 8 == 0 and head_dim <= 256
 
 

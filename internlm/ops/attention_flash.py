@@ -1,10 +1,10 @@
 """Attention by the packages of FlashAttention's authors: flash-attn 2 or 3, and flash-attn-4.
 
 The function of the former is called as it is. The latter has kernels for Hopper in CuTe DSL, compiled at their first
-use. Its functions for autograd can't be traced by torch.compile, so the two below them that launch kernels are called
-here, behind the operation of `attention_ragged.py`. They are no public interface of a package that is a beta with a
-compiler below it: when they are loaded their arguments are compared with what they are given here, and a short row is
-tried. If either fails attention goes without them.
+use. torch.compile can't trace its functions for autograd, so the two functions below them that launch the kernels are
+called here, behind the operation of `attention_ragged.py`. These two are not a public interface, and the package is a
+beta with a compiler below it. So when they are loaded, their arguments are compared with those passed here, and a short
+row is tried; if either fails, attention does without them.
 
 Segments of one length go in as a batch, whose backward is 4 % faster than that of ragged segments.
 """
@@ -105,7 +105,7 @@ def _try() -> None:
 
 
 def flash4_applies(dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
-    """Whether it was measured to be the fastest that runs here, and why or why not."""
+    """Whether flash-attn-4 is loaded and the fastest for such heads, and why or why not."""
     if dtype not in SIXTEEN_BIT:
         return False, f"flash-attn-4 doesn't take {dtype}"
     if _kernels is None:

@@ -2,10 +2,10 @@
 
 With a vocabulary of 100k the logits of 16k tokens are 6.6 GB in fp32, several times that with their gradient. Here rows
 are taken in chunks: logits, token losses, predictions and the chunk's gradients, then the chunk is dropped. Hence the
-gradients of hidden states and weight are computed in the *forward*, for an upstream gradient that the caller foretells
-(1 if it can't), and backward only scales them. What that costs: an fp32 gradient of the weight lives from forward to
-backward, and a forward with gradients enabled whose backward never comes has done the work for nothing. What it saves
-is the third GEMM of recomputing the logits in backward.
+gradients of hidden states and weight are computed in the *forward*, for an upstream gradient that the caller announces
+(1 if it can't), and backward only scales them. This costs memory for an fp32 gradient of the weight from forward to
+backward, and a forward with gradients enabled computes them even if no backward follows. It saves a GEMM, since
+backward need not recompute the logits.
 
     torch   any device, any group
     triton  one kernel turns a chunk's logits into losses and, in place, into their gradient; GPUs, whole vocabulary

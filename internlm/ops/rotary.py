@@ -89,7 +89,7 @@ def _blend_by_number(wavelengths: Tensor, base: float, scaling: RopeScaling) -> 
     assert old_length is not None
 
     def number(turns: float) -> float:
-        """Of the pair that turns so many times in the old length."""
+        """The number of the pair that turns this many times in the old length."""
         return (2 * half * log(old_length / (turns * 2 * pi))) / (2 * log(base))
 
     first, last = number(scaling.beta_fast), number(scaling.beta_slow)

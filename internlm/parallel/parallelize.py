@@ -1,4 +1,4 @@
-"""From a plain model to one that trains: what is applied to it, in one fixed order, before it has memory.
+"""From a plain model to one that trains: everything that is applied to it, in one fixed order, before it has memory.
 
 Sharding over the ranks that hold the same parameters needs nothing here: `solver.HybridZero` hooks into the calls of
 the model's children.
@@ -30,10 +30,10 @@ logger = get_logger(__name__)
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Placement]:
-    """Takes from a model on the meta device what other ranks have, as `config.parallel` says, then recomputes and
-    compiles blocks.
+    """Cuts a model on the meta device down to this rank's part, as `config.parallel` says; then sets up recomputation
+    and compilation of its blocks.
 
-    Returns the placement of each parameter that is not whole here, by name.
+    Returns the placement of each parameter that is cut or has copies, by name; all others are whole.
     """
     set_matmul_precision(config.model.dtype)
     if config.model.fp8 and config.model.num_experts > 1:
@@ -62,11 +62,11 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Pla
 
 @contextmanager
 def whole_answers(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
-    """Meanwhile every rank that calls the model has the results of all layers, for all tokens. Forward alone; all ranks
-    call it alike, with the same tokens.
+    """Inside the `with`, every rank that calls the model gets the results of all layers for all tokens. For forward
+    only; all ranks must make the same calls with the same tokens.
 
-    Between cut regions ranks of msp and fsp have a part of the tokens each, and few tokens make no parts: they compute
-    as in mtp, with the same weights.
+    In msp and fsp each rank has a part of the tokens between cut regions, and few tokens can't be cut into equal parts.
+    So these modes compute as mtp does, with the same weights.
     """
     mode: Any = config.parallel.tensor.mode
     switched = mesh.sizes["tensor"] > 1 and mode != "mtp"

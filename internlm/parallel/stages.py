@@ -1,7 +1,7 @@
-"""A stage's part of the model: what other stages have is taken out before there is memory.
+"""A stage's part of the model: the parts of other stages are removed before the model has memory.
 
-While the model answers or is scored (`relayed`), every stage calls the whole model all the same. The hidden states that
-a chunk ends with, and what the head makes of them, go from the stage that computes them to all others.
+While a model in training answers prompts or is scored (`relayed`), every stage calls the whole model nevertheless. The
+hidden states at the end of each chunk and the results of the head are sent from the stage that has them to the others.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from internlm.utils.device import torch_dtype
 
 
 class Absent(nn.Module):
-    """In place of a part of the model that another stage has, so that names stay those of the whole model."""
+    """Stands for a part of the model that another stage has, so that names stay those of the whole model."""
 
     weight = None  # that of a tied embedding
 
@@ -32,10 +32,10 @@ class Absent(nn.Module):
 
 
 def cut_stages(model: Transformer, config: Config, mesh: Mesh) -> list[str]:
-    """Takes from a model on the meta device what other stages have.
+    """Removes from a model on the meta device the parts of other stages.
 
-    Returns the names of parameters that first and last stage have both: the tied embedding, unless its two uses are on
-    one stage.
+    Returns the names of the parameters that both the first and the last stage have: the tied embedding, unless its two
+    uses are on one stage.
     """
     layout, stage = pipeline_layout(config), mesh.coordinates["pipeline"]
     here = set(layout.parts_of(stage))
@@ -53,14 +53,14 @@ def cut_stages(model: Transformer, config: Config, mesh: Mesh) -> list[str]:
 
 @contextmanager
 def relayed(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
-    """Meanwhile each stage has the results of the whole model. Forward alone, and all stages call it alike."""
+    """Inside the `with`, each stage gets the results of the whole model. Forward only; all stages make the same calls."""
     layout, group = pipeline_layout(config), mesh.group("pipeline")
     dtype = torch_dtype(config.model.dtype)
     between = torch.float32 if config.model.residual_in_fp32 else dtype
     undo: list[Callable[[], None]] = []
 
     def relay(module: nn.Module, source: int | None, blank: Callable[..., Any]) -> None:
-        """`blank` makes room for the module's result; `source`: the stage that sends it, None: nobody needs it."""
+        """`blank` makes memory for the module's result; `source`: the stage that sends it, None: nobody needs it."""
         if isinstance(module, Absent):
             module.forward = partial(_received, group, source, blank)  # type: ignore[method-assign]
             undo.append(partial(delattr, module, "forward"))
@@ -70,7 +70,7 @@ def relayed(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
     def hidden(dtype: torch.dtype, tokens: Tensor, *_: object) -> Tensor:
         return torch.empty(len(tokens), config.model.hidden_size, dtype=dtype, device=mesh.device)
 
-    def judged(x: Tensor, tied: Tensor | None, labels: Tensor | None = None, *_: object) -> Tensor | LossOutput:
+    def head_result(x: Tensor, tied: Tensor | None, labels: Tensor | None = None, *_: object) -> Tensor | LossOutput:
         if labels is None:
             return x.new_empty(len(x), config.model.vocab_size // mesh.sizes["tensor"], dtype=dtype)
         losses = x.new_empty(len(x), dtype=torch.float32)
@@ -81,7 +81,7 @@ def relayed(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
         ends = {layers[-1]: stage for layers, stage in zip(layout.layers[:-1], layout.stage_of, strict=False)}
         for index, layer in enumerate(model.layers):
             relay(layer, ends.get(index), partial(hidden, between) if index in ends else _same)
-        relay(model.head, layout.stage_of[-1], judged)
+        relay(model.head, layout.stage_of[-1], head_result)
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def _send(group: Group, source: int, module: nn.Module, args: Any, result: Any) 
 
 
 def _sent(group: Group, source: int, result: Any) -> Any:
-    """`result`, a tensor or what the head says of a row, as the stage `source` has it."""
+    """`result`, a tensor or a `LossOutput`, with the values of the stage `source`."""
     for tensor in (result,) if isinstance(result, Tensor) else result[1:]:  # `loss_sum` is for training
         dist.broadcast(tensor, group=group, group_src=source)
     return result

@@ -60,7 +60,7 @@ def own_segments(lengths: Sequence[int], ring: int, rank: int) -> Segments:
 
 
 def rectangle(lengths: Sequence[int], ring: int, rank: int, peer: int) -> Rectangle | None:
-    """What of the queries of `rank` attends to keys of another rank `peer`."""
+    """The queries of `rank` that attend to keys of another rank `peer`, and these keys; None: there are none."""
     (_, first_end), (second_start, _) = own = spans(sum(lengths), ring, rank)
     theirs = spans(sum(lengths), ring, peer)
     chunk = first_end - own[0][0]
