@@ -19,7 +19,7 @@ from internlm.checkpoint.peft import export_adapter
 from internlm.config.data_section import DataConfig
 from internlm.data.chat import template_of_data
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
 
 logger = get_logger("convert2hf")
@@ -134,15 +134,7 @@ def template_for(asked: str | None, data: DataConfig, tokenizer: str | None) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when the export is complete, 2 for a mistake that the user can mend."""
     setup_logging(rank=0, world_size=1)
-    try:
-        convert(parse_arguments(arguments))
-    except UserError as error:
-        print(f"convert2hf: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"convert2hf: {error.filename}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: convert(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

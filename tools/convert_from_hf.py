@@ -19,7 +19,7 @@ from internlm.checkpoint.native import is_hf_folder, open_checkpoint
 from internlm.checkpoint.native_writer import write_native
 from internlm.config.presets import PRESETS
 from internlm.config.schema import Config, ModelConfig
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import setup_logging
 
 
@@ -51,8 +51,8 @@ def open_source(folder: str, top_k: int | None) -> tuple[dict[str, Any], str, Ca
     return checkpoint.config.model.model_dump(), checkpoint.config.model_type, checkpoint.read
 
 
-def convert(arguments: argparse.Namespace) -> str:
-    """Returns the folder that was written. Raises UserError for what the user can mend."""
+def convert(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what the user can mend."""
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
@@ -72,26 +72,18 @@ def convert(arguments: argparse.Namespace) -> str:
     if is_2023:
         mlp = "old" if arguments.version == 1 else "new"
         write_legacy(read, model, arguments.tgt, arguments.family, mlp, arguments.tp_size or 1, arguments.embed_split)
-        return arguments.tgt
-    data = {"seq_len": model.max_position_embeddings, "total_steps": 1}
-    return write_native(
-        read, Config.model_validate({"model_type": model_type, "model": model, "data": data}), arguments.tgt
-    )
+        path = arguments.tgt
+    else:
+        data = {"seq_len": model.max_position_embeddings, "total_steps": 1}
+        config = Config.model_validate({"model_type": model_type, "model": model, "data": data})
+        path = write_native(read, config, arguments.tgt)
+    print(f"train on it with ckpt.load_ckpt_info.path={path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when the checkpoint is complete, 2 for a mistake that the user can mend."""
     setup_logging(rank=0, world_size=1)
-    try:
-        path = convert(parse_arguments(arguments))
-    except UserError as error:
-        print(f"convert_from_hf: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"convert_from_hf: {error.filename}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    print(f"train on it with ckpt.load_ckpt_info.path={path}")
-    return 0
+    return exit_code(lambda: convert(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

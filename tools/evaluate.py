@@ -23,7 +23,7 @@ from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.hf_tokenizer import inspect_tokenizer
 from internlm.data.tokenizer import check_tokenizer, open_tokenizer
 from internlm.utils.device import torch_dtype
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import setup_logging
 
 
@@ -44,8 +44,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def evaluate(given: argparse.Namespace) -> dict[str, Any]:
-    """The harness's results. Raises UserError."""
+def evaluate(given: argparse.Namespace) -> None:
+    """Scores the model, and shows and writes the results. Raises UserError."""
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
     manager = open_tasks(tasks, given.include_path)
     reader = open_model(given.path)
@@ -63,7 +63,11 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results = run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
     if results is None:
         raise UserError("the first process of a node alone has the scores: start this without torchrun")
-    return results
+    show(results)
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
+        given.output.write_text(text + "\n", encoding="utf-8")
 
 
 def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:
@@ -87,18 +91,7 @@ def show(results: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when all tasks are scored, 2 for a mistake that the user can mend."""
     setup_logging(rank=0, world_size=1)
-    given = parse_arguments(arguments)
-    try:
-        results = evaluate(given)
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    show(results)
-    if given.output is not None:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
-        given.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return exit_code(lambda: evaluate(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from internlm.apis.openai_server import build_app
 from internlm.apis.terminal import add_model_arguments, load_with_progress
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
 
 logger = get_logger("openai_api")
@@ -55,12 +55,7 @@ def _is_loopback(host: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when it was stopped, 2 for a mistake that the user can mend."""
     setup_logging(rank=0, world_size=1)
-    try:
-        serve(parse_arguments(arguments))
-    except UserError as error:
-        print(f"openai_api: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: serve(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from internlm.apis.sandbox import Result, run_python
 from internlm.apis.terminal import add_model_arguments, load_with_progress
 from internlm.apis.tool_calls import INTERPRETER, code_block, parse_tool_calls
 from internlm.data.message import Message
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
 
 logger = get_logger("pal_inference")
@@ -136,8 +136,8 @@ def solve(program: str, seconds: int, memory_mb: int) -> tuple[float | None, str
     return (value, None) if math.isfinite(value) else (None, f"the value is {value}")
 
 
-def infer(given: argparse.Namespace) -> float:
-    """The share of right answers among all lines of the results. Raises UserError."""
+def infer(given: argparse.Namespace) -> None:
+    """Answers the questions; prints the share of right answers among all lines of the results. Raises UserError."""
     if not given.run_code:
         raise UserError(
             "this runs code that the model writes, in a child process with limits but with your rights: "
@@ -161,7 +161,7 @@ def infer(given: argparse.Namespace) -> float:
             done.append(line)
             if given.verbose:
                 logger.info(json.dumps(line, ensure_ascii=False, indent=2))
-    return sum(line["score"] for line in done) / len(done)
+    print(f"{given.model}: Accuracy - {sum(line['score'] for line in done) / len(done)}")
 
 
 def _answered(
@@ -195,13 +195,7 @@ def _results(file: Path) -> list[dict[str, float]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when all questions are answered, 2 for a mistake that the user can mend."""
     setup_logging(rank=0, world_size=1)
-    given = parse_arguments(arguments)
-    try:
-        print(f"{given.model}: Accuracy - {infer(given)}")
-    except UserError as error:
-        print(f"pal_inference: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: infer(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def cut_stages(model: Transformer, config: Config, mesh: Mesh) -> list[str]:
 
 @contextmanager
 def relayed(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
-    """Inside the `with`, each stage gets the results of the whole model. Forward only; all stages make the same calls."""
+    """Inside the `with`, each stage gets the results of the whole model. Forward only; all stages call it alike."""
     layout, group = pipeline_layout(config), mesh.group("pipeline")
     dtype = torch_dtype(config.model.dtype)
     between = torch.float32 if config.model.residual_in_fp32 else dtype

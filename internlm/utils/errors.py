@@ -33,10 +33,18 @@ def writing(what: str) -> Iterator[None]:
 
 
 def exit_code(run: Callable[[], object]) -> int:
-    """Run a tool: 0, or 2 with the message of a UserError on stderr; any other error keeps its traceback."""
+    """Runs a tool. The exit code: 0, or 2 with the message on stderr for a UserError or a file that can't be used.
+
+    Any other error keeps its traceback.
+    """
     try:
         run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
