@@ -2,7 +2,7 @@
 
 PATH is a run, a checkpoint, or a folder in Hugging Face format. The page is served to this machine only, as
 .streamlit/config.toml says. What the model writes is shown as Markdown: never as HTML, and without loading images.
-A conversation is found again when its page is loaded anew; it is forgotten with the process.
+A conversation survives a reload of its page, but not the end of the process.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def sidebar(conversation: Conversation) -> ReplyOptions:
 
 
 def answer(conversation: Conversation, pieces: Iterator[str]) -> None:
-    """Shows an answer while it comes. "Stop" starts this script anew, which closes `pieces`; what was said stays."""
+    """Shows an answer while it comes. "Stop" reruns this script, which closes `pieces`; the text so far stays."""
     with st.chat_message("assistant"), closing(pieces):  # type: ignore[type-var]
         place, stop = st.empty(), st.empty()
         stop.button("Stop")
@@ -155,7 +155,7 @@ def show(message: Message) -> None:
 
 
 def without_images(text: str) -> str:
-    """Markdown that loads nothing: an image's address could carry what was said to another machine.
+    """Markdown that loads nothing: an image's address could carry the conversation to another machine.
 
     Code is no exception: what is code, only the browser's own reader of Markdown knows.
     """

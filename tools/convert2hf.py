@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
+
 from internlm.checkpoint.hf import DTYPES, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
 from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint

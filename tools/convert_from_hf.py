@@ -9,9 +9,12 @@ it) writes the folder layout of 2023 instead. The source may also be a checkpoin
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from internlm.checkpoint.hf import DTYPES, HFReader
 from internlm.checkpoint.legacy.writer import write_legacy

@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
+
 from internlm.apis.generate import check_length, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.checkpoint.hf import HFReader

@@ -11,6 +11,9 @@ import argparse
 import ipaddress
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from internlm.apis.openai_server import build_app
 from internlm.apis.terminal import add_model_arguments, load_with_progress

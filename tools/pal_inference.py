@@ -2,9 +2,9 @@
 
     python tools/pal_inference.py MODEL OUT_DIR --run_code [--dataset FILE.jsonl]
 
-The model is asked for a Python function solution(); the function is run and its value compared with the answer. That
-runs code which nobody has read. It is done in a child process with limits on time, memory and output, which is no
-jail, and only with --run_code.
+The model is asked for a Python function solution(), which is run and its value compared with the answer. This runs code
+that no person has read: only with --run_code, and in a child process with limits on time, memory and output. That is
+no jail.
 
 --dataset is a jsonl file with "question" and "answer" (a number, or a text whose number stands behind ####), or gsm8k,
 which the datasets package fetches. OUT_DIR/NAME.json gets a line of JSON for each question: question, target, answer,
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from internlm.apis.chat import ChatModel, ReplyOptions
 from internlm.apis.sampling import Sampling

@@ -17,7 +17,7 @@ from internlm.model.transformer import Transformer
 from internlm.utils.device import find_device
 from internlm.utils.errors import UserError
 
-Progress = Callable[[int, int], None]  # told (tensors read, tensors) while a model is read
+Progress = Callable[[int, int], None]  # called with (tensors read, tensors) while a model is read
 
 _PREFILL = 512  # prompt tokens per row and call: bounds the attention scores of a long prompt
 

@@ -197,7 +197,7 @@ def build_app(chat: ChatModel) -> Any:
         except RuntimeError as error:
             return refuse(500, str(error), "server_error")
         if await request.is_disconnected():
-            return fastapi.Response(status_code=499)  # nobody reads it
+            return fastapi.Response(status_code=499)  # the client has gone
         return answer.whole()
 
     return app
@@ -206,7 +206,7 @@ def build_app(chat: ChatModel) -> Any:
 async def pieces_of(reply: Reply, request: Any, threads: Executor) -> AsyncIterator[str]:
     """A reply's pieces, each waited for in one of `threads`.
 
-    The model stops where they are broken off or nobody is left to read them, also while none has come yet.
+    The model stops when the caller stops reading or the client disconnects, also before the first piece.
     """
 
     async def watch() -> None:

@@ -23,7 +23,7 @@ PROCESSES = 64  # processes and threads beside those that the user has
 PATIENCE = 5  # seconds that the supervisor may take to end everything
 
 # Runs in the child. Its fork sets limits that can't be lifted again and becomes the code as the main program; the child
-# itself supervises that, and ends as it ended, by SIGXCPU where time was up, or by SIGTERM where it was told to.
+# itself supervises that, and ends as it ended, by SIGXCPU when time is up, or by SIGTERM when it received that.
 _START = """
 import ctypes, os, resource, signal, sys, time
 seconds, memory, output, processes, patience = map(int, sys.argv[1:6])

@@ -1,4 +1,4 @@
-"""All that a run starts from, opened before a process group, a GPU or memory is touched; mistakes are told together."""
+"""Opens all that a run reads before it touches a process group, a GPU or memory, and reports all mistakes together."""
 
 import json
 from dataclasses import replace
@@ -24,8 +24,8 @@ Loaders = tuple[TrainLoader, dict[str, ValidLoader]]
 def open_files(config: Config, world: World) -> Loaders:
     """The loaders of this rank. Text is tokenised here, if the cache doesn't hold it yet.
 
-    Tokenizer and checkpoints are looked at first, and by rank 0 alone, since it may be a thousand ranks that would ask
-    one file system the same; when it finds a mistake the launcher ends the others.
+    Tokenizer and checkpoints are checked first, and by rank 0 alone, so that a thousand ranks don't ask one file system
+    for the same; when rank 0 finds a mistake, the launcher ends the other ranks.
 
     Raises ConfigError with every mistake in data, tokenizer, `ckpt.load_ckpt_info` and folders of checkpoints.
     """

@@ -1,7 +1,7 @@
 """From copies in memory to a committed checkpoint, on a background thread and without any collective.
 
 Every rank writes its files into `{step}.tmp-{token}`, then `rank-{r}.json` with their sizes and hashes. Rank 0 waits
-for the JSON of all ranks, writes the manifest and renames the folder: until then nobody takes it for a checkpoint.
+for the JSON of all ranks, writes the manifest and renames the folder: until then no reader takes it for a checkpoint.
 Object stores can't rename, so there the files go to `{step}` itself and the manifest, written last, is the mark.
 """
 
@@ -65,7 +65,7 @@ def open_folder(storage: Storage, step: int, token: str) -> None:
 
 
 def remove_unfinished(storage: Storage) -> None:
-    """Removes what killed saves have left on a disk. Only for one who knows that nobody is saving there."""
+    """Removes what killed saves have left on a disk. Only for a caller who knows that no save is running there."""
     for folder in filter(_UNFINISHED.fullmatch, storage.names() if storage.is_local else []):
         try:
             storage.remove(folder)

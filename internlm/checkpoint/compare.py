@@ -89,8 +89,8 @@ def check_rows(saved: dict[str, Any], saved_rows: int | None, config: Config, nu
 
     def differences(keys: Sequence[str]) -> list[str]:
         pairs = {key: (then[key], now[key]) for key in keys if key in then}
-        told = "data.{}: {} in the checkpoint, {} in this run"
-        return [told.format(key, old, new) for key, (old, new) in pairs.items() if old != new]
+        line = "data.{}: {} in the checkpoint, {} in this run"
+        return [line.format(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
     found, moved = differences(_ROWS), differences(_FILES)
     if saved_rows is None or num_rows is None:

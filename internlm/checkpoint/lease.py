@@ -1,10 +1,10 @@
 """One run per folder of an object store, where no file can be locked.
 
-The run that has the folder keeps an object there with its name and a number, which it raises every BEAT seconds. Who
-finds such an object watches it for SILENCE seconds: if it changes, its run is alive and the newcomer is refused; if
-not, that run was killed and the folder is free. So no two clocks are compared. A run that stood still for longer than
-that finds another's name in its place, and saves nothing any more; so does the earlier of two that came at the same
-moment. All this needs of a store is that a read sees the last write, as those of S3, Google and Azure do.
+The run that has the folder keeps an object there with its name and a number, which it raises every BEAT seconds. A run
+that finds such an object watches it for SILENCE seconds. If it changes, its run is alive and the newcomer is refused;
+if not, that run was killed and the folder is free. So no two clocks are compared. A run that stood still for longer
+than that finds another's name in its place, and saves no more; so does the earlier of two that came at the same moment.
+All this needs of a store is that a read sees the last write, as those of S3, Google and Azure do.
 """
 
 import atexit
@@ -89,14 +89,14 @@ class Lease:
             try:
                 if self._other() is None:
                     self._write()
-            except Exception as error:  # the network comes and goes; who is too late is told so by `check`
+            except Exception as error:  # the network comes and goes; `check` reports a renewal that came too late
                 logger.warning(f"{self.storage.show(NAME)} can't be renewed: {error}")
 
     def _other(self) -> str | None:
         """Who has the folder instead of this run.
 
-        What can't be read names nobody: stores like HDFS show an object while it is being written, and a part of it
-        stays where the network fails meanwhile.
+        None for an object that can't be parsed: stores like HDFS show an object while it is being written, and keep a
+        part of it when the network fails during the write.
         """
         about = _parsed(self._read())
         return None if about is None or about["token"] == self.mine["token"] else str(about["holder"])

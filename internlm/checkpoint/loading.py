@@ -199,7 +199,7 @@ class Loader:
             self._load_rng(found)
 
     def _load_tensors(self, found: Found, kinds: set[str], new_adapters: bool) -> None:
-        """Fills this rank's pieces; whoever lacks something tells all ranks, so that none waits for it for ever."""
+        """Fills this rank's pieces; all ranks learn of a rank that lacks something, so that none waits for ever."""
         problem = None
         try:
             shards = [name for name in found.manifest.files if name.startswith(("model-", "optimizer-"))]

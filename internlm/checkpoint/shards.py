@@ -2,7 +2,7 @@
 
 A key reads `layers.3.attention.wo.weight/master[0:4,0:64]`: parameter name, kind (param, master, exp_avg, exp_avg_sq),
 and the box of the global tensor that is stored. The boxes of all ranks' files together tile every tensor, so a reader
-needs to know nothing of the ranks that wrote them.
+needs no knowledge of the ranks that wrote them.
 """
 
 import json

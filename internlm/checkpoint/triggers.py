@@ -31,7 +31,7 @@ class Signals:
         self._stop = self._stop or number == signal.SIGTERM
 
     def take(self) -> tuple[bool, bool]:
-        """(save, stop): what was asked since the last call. A stop stays asked."""
+        """(save, stop): whether a signal has asked for it since the last call; a stop stays asked for."""
         asked = self._save, self._stop
         self._save = False
         return asked

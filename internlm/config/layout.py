@@ -67,7 +67,7 @@ def context(config: Config) -> Problems:
     parallel, model, data = config.parallel, config.model, config.data
     ring, ulysses, tensor = (parallel.axis_sizes[axis] for axis in ("ring", "ulysses", "tensor"))
     if tensor < 1 or ulysses < 1:
-        return  # told by `sizes`
+        return  # `sizes` reports it
     key, it = _ulysses_key(parallel)
     tokens, row, fitting = data.seq_len * data.micro_bsz, "data.seq_len * data.micro_bsz", _fitting(config)
     if ring > 1 and tokens % (2 * ring):
@@ -184,7 +184,7 @@ def _micro_nums(data: DataConfig) -> list[int]:
     """All numbers of micro batches that a step of the run has."""
     words = data.rampup_batch_size.split()
     ramp: set[int] = set()
-    if len(words) == 3 and all(word.isdecimal() and int(word) for word in words):  # else told by checks.py
+    if len(words) == 3 and all(word.isdecimal() and int(word) for word in words):  # else checks.py reports it
         ramp = set(range(int(words[0]), data.micro_num, int(words[1])))
     return sorted(ramp | {data.micro_num})
 
@@ -212,7 +212,7 @@ def expert(config: Config) -> Problems:
         parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"],
     )
     if tensor < 1 or parts < 1:
-        return  # told by `sizes`
+        return  # `sizes` reports it
     tokens = config.data.seq_len * config.data.micro_bsz // parts
     if parallel.tensor.mode == "mtp" and tensor > 1 and tokens % tensor:
         yield (
@@ -260,7 +260,7 @@ def zero_sizes(config: Config, world_size: int | None) -> Problems:
     shared = parallel.axis_sizes["pipeline"] * parallel.axis_sizes["tensor"]
     if world_size is not None:
         if shared < 1 or world_size % shared:
-            return  # told by `world` or `sizes`
+            return  # `world` or `sizes` reports it
         dp = world_size // shared
     chain: list[tuple[str, int]] = []
     for key in ("weight", "gradient", "zero1"):

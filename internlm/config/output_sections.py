@@ -1,4 +1,4 @@
-"""What a run leaves behind and whom it tells: the sections `ckpt` and `monitor`."""
+"""What a run writes and whom it notifies: the sections `ckpt` and `monitor`."""
 
 from typing import Annotated, Literal
 

@@ -21,7 +21,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {  # of the files of data.type
     "chat": CHAT_SUFFIXES,
     "preference": CHAT_SUFFIXES,
 }
-MOST_PROBLEMS = 10  # damaged files that are told before the others are left unread
+MOST_PROBLEMS = 10  # damaged files that are reported; then the rest is left unread
 VALID_MIN_LENGTH = 50  # tokens; the 2023 reader's own minimum, which data.min_length does not change
 
 logger = get_logger(__name__)

@@ -76,7 +76,7 @@ def _cache_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if str(error.filename) == str(path):  # the text itself, which the caller tells of
+        if str(error.filename) == str(path):  # the text itself, which the caller reports
             raise
         raise UserError(
             f"{path}: its tokens can't be stored in {cache_folder()}: {error}. Make room there, or name another folder "

@@ -132,7 +132,7 @@ def _settings(file: Path) -> tuple[dict[str, int], dict[str, str]]:
 
 
 class _InParts(ABC):
-    """A tokenizer that knows of no literals: texts are cut inside these, so that it finds no control token there."""
+    """For a tokenizer that knows no literals: texts are cut inside them, so that it finds no control tokens there."""
 
     def encode(self, text: str, literal: Collection[int] = ()) -> list[int]:
         return self.locate(text, literal).ids.tolist()

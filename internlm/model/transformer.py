@@ -1,7 +1,7 @@
 """The one transformer: pre-norm decoder blocks between an embedding and a head; families differ by switches.
 
 A packed row in, logits or loss out. `embedding`, each of `layers` and `head` are called as modules and own their
-parameters, so that whoever shards, recomputes or compiles them can attach to their calls.
+parameters, so that code that shards, recomputes or compiles them can hook their calls.
 """
 
 from collections.abc import Callable, Iterable

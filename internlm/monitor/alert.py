@@ -26,7 +26,7 @@ LAST_LINES = 10  # of a traceback
 
 
 class Alert:
-    """Rank 0 speaks for the run; with `alert_file_path` every rank tells of its exception, equal ones once."""
+    """Rank 0 speaks for the run; with `alert_file_path` every rank reports its exception, equal ones once."""
 
     def __init__(self, config: Config, rank: int) -> None:
         alert = config.monitor.alert
@@ -34,12 +34,12 @@ class Alert:
         self.host = socket.gethostname()
         self.title = f"{job_id()}_{config.JOB_NAME}"
         self.address = alert.feishu_alert_address if alert.enable_feishu_alert else None
-        self.told = Path(alert.alert_file_path) if self.address and alert.alert_file_path else None
+        self.errors = Path(alert.alert_file_path) if self.address and alert.alert_file_path else None  # reported
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="alert")
         self._loss = math.inf
-        if self.told is not None and rank == 0:
-            with writing(f"monitor.alert.alert_file_path = {str(self.told)!r}"):
-                self.told.unlink(missing_ok=True)
+        if self.errors is not None and rank == 0:
+            with writing(f"monitor.alert.alert_file_path = {str(self.errors)!r}"):
+                self.errors.unlink(missing_ok=True)
         self.send(f"Training in {self.host} is starting.")
 
     def send(self, text: str) -> None:
@@ -48,7 +48,7 @@ class Alert:
             self._post(text)
 
     def report(self, report: StepReport) -> None:
-        """Tells of a loss that leaps, and of a step without an update."""
+        """Alerts to a loss that leaps, and to a step without an update."""
         if report.skipped:
             return
         if report.loss > LOSS_SPIKE * self._loss:
@@ -78,12 +78,12 @@ class Alert:
         self._sender.shutdown()
 
     def _is_first(self, trace: str) -> bool:
-        """Whether this rank is the one to tell of an exception."""
-        if self.told is None:
+        """Whether this rank is the first to report this exception."""
+        if self.errors is None:
             return self.rank == 0
         try:
-            self.told.parent.mkdir(parents=True, exist_ok=True)
-            with self.told.open("a+", encoding="utf-8") as file:
+            self.errors.parent.mkdir(parents=True, exist_ok=True)
+            with self.errors.open("a+", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(0)
                 known = trace in file.read()

@@ -11,7 +11,7 @@ from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
 
-SHORTEST = 0.5  # seconds: what takes less is told from noise in no single step
+SHORTEST = 0.5  # seconds: in shorter steps a slow rank can't be told from noise
 
 
 class SlowRanks:

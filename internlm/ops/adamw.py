@@ -53,7 +53,7 @@ def adam_scalars(
     """Scalars of update number `update`, counted from 1: fp32 [9] on the device of `ok`.
 
     `ok` is a bool tensor []; False makes the update void. Computed in double and rounded once, as torch.optim does with
-    its Python scalars; one transfer, and nobody waits for it.
+    its Python scalars; one transfer, without a synchronisation.
     """
     beta1, beta2 = betas
     root, step_size = (1 - beta2**update) ** 0.5, lr / (1 - beta1**update)

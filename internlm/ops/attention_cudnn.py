@@ -1,9 +1,9 @@
 """cuDNN's fused attention over ragged segments, by graphs of its frontend (nvidia-cudnn-frontend).
 
-Tokens lie as [tokens, heads, head_dim]; where each segment begins is told by "ragged offsets", in elements. A graph is
-built per shape and kept: the number of segments is rounded up to a power of two (the rest are empty), the longest
-length too, so a run needs few of them. Layouts as in cuDNN's documentation of ragged tensors. That workspace is bounded
-by the total of tokens is asked for with `max_total_seq_len_q`, which cuDNN honours from 9.6 on.
+Tokens lie as [tokens, heads, head_dim]; "ragged offsets", counted in elements, say where each segment begins. A graph
+is built once per shape and kept. The number of segments and the longest length are rounded up to powers of two (the
+added segments are empty), so a run needs few graphs. Layouts are those of cuDNN's documentation of ragged tensors.
+`max_total_seq_len_q` bounds the workspace by the total number of tokens; cuDNN honours it from 9.6 on.
 """
 
 from dataclasses import dataclass

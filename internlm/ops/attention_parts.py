@@ -1,7 +1,7 @@
 """Attention over some of the keys, with the normaliser by which such parts are joined.
 
-A softmax over keys that are looked at in parts is the average of the parts' results, weighted by exp of each part's
-log-sum-exp of scores. And the gradient of a part needs no more than the final result and its normaliser.
+Softmax attention over all keys is the average of attention over parts of the keys, weighted by exp of each part's
+log-sum-exp of scores (its normaliser). The gradient of a part needs only the final result and its normaliser.
 
 Shapes: q [queries, heads, head_dim], k and v [keys, kv_heads, head_dim], normaliser [heads, queries] in fp32 (fp64
 stays). With `segments`, queries and keys are the same tokens and attention is causal inside each segment; without,
@@ -61,7 +61,7 @@ def _ends(q: Tensor, k: Tensor, segments: Segments | None) -> tuple[Tensor, Tens
     """cu_seqlens and longest length of queries and of keys."""
     if segments is not None:
         return segments.cu_seqlens, segments.cu_seqlens, segments.max_length, segments.max_length
-    both = torch.arange(2, dtype=torch.int32, device=q.device)  # made on the device: nothing is copied, nobody waits
+    both = torch.arange(2, dtype=torch.int32, device=q.device)  # made on the device: no copy, no synchronisation
     return both * len(q), both * len(k), len(q), len(k)
 
 

@@ -1,8 +1,7 @@
 """Numbers in 4 bits: NF4, for frozen weights (Dettmers et al., QLoRA, 2023). The only place that imports bitsandbytes.
 
 Blocks of 64 numbers share a scale, their largest magnitude in fp32, so a number takes 4.5 bits. The largest number of a
-block is kept exactly; hence packing what was unpacked gives the same bits again, and a run that goes on from its
-checkpoint has the same weights.
+block is kept exactly. So packing unpacked numbers gives the same bits again, and a resumed run has the same weights.
 """
 
 from typing import Any, NamedTuple
@@ -42,5 +41,5 @@ def pack(values: Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """[size], in the dtype of what was packed."""
+    """[size], in the dtype that the numbers had before packing."""
     return require_nf4().dequantize_4bit(*packed).view(-1)

@@ -1,7 +1,7 @@
 """Queries, keys and values from the projection's result: split, the first two turned by their positions (`rotary.py`).
 
-One operation that a compiled block calls as it is; autograd would keep the result beside what was made of it, and glue
-its gradient together from three.
+One operation, which a compiled block calls without looking inside. Autograd alone would keep the projection's result
+beside its rotated copies, and concatenate the result's gradient from three tensors.
 
     torch   any device
     triton  one pass in each direction (`rotary_kernel.py`); GPUs

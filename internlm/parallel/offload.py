@@ -85,7 +85,7 @@ class Transfers:
         return kept
 
     def copy(self, target: Tensor, source: Tensor) -> "Copy":
-        """Starts a copy, which runs once the device has done what was queued so far."""
+        """Starts a copy, which runs after the work that is queued on the device now."""
         device = source.device if source.is_cuda else target.device
         if device.type != "cuda":
             target.copy_(source)
@@ -152,7 +152,7 @@ class Kept:
         return self._buffer.view(self._dtype).view(self._shape)
 
     def __del__(self) -> None:
-        if self._coming is not None:  # nobody came for it: a backward that was given up
+        if self._coming is not None:  # never fetched: the backward was given up
             self._coming.wait()
         if self._buffer is not None:
             self._transfers.buffers.give_back(self._buffer)
@@ -193,5 +193,5 @@ class HostBuffers:
                 f"{self._size / 2**30:.1f} GiB; give it more memory (ulimit -l, the container's limit), or set "
                 '"feed_forward", which computes again instead'
             )
-        # Before the memory goes back, which would leave the address locked for whoever gets it next.
+        # Unlocked before the memory is freed; else the address would stay locked for its next owner.
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False

@@ -1,8 +1,8 @@
 """Ring attention: keys and values go round among the ranks that hold parts of a row, while attention is computed.
 
 Step 0 is causal attention among a rank's own tokens. In step s a rank computes the queries that attend to keys of the
-rank s before it (zigzag.py says which), while the keys of step s + 1 are on their way. Keys go straight to whoever
-needs them, and only the rows that are needed: in rows of many short documents that is next to nothing.
+rank s before it (zigzag.py says which), while the keys of step s + 1 are on their way. Keys go straight to the
+rank that needs them, and only as many as it needs: in rows of many short documents, next to none.
 
 Partial results are joined by their normalisers in fp32. Backward sends keys and values again, instead of keeping those
 of all ranks, and returns their gradients to the owner; each part's gradient is exact given the final normaliser.

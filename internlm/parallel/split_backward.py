@@ -1,12 +1,12 @@
 """Backward in two parts, for schedules that fill bubbles: first the gradients of the input, for which the previous
-stage waits, later those of the weights, for which nobody does (zero bubble, Qi et al., 2023).
+stage waits, later those of the weights, for which no stage waits (zero bubble, Qi et al., 2023).
 
 A weight's path joins the path from input to output in one node of autograd's graph: the matrix product, the norm. In
 the first part the gradient that arrives there is noted; in the second each such node computes the gradient of its
 weights from it, and nothing else runs. The weights' hooks see their gradients as in any backward.
 
-A weight may join in several nodes that don't depend on one another, as that of experts which are computed one after the
-other: their gradients are computed together, so that it still gets one.
+A weight may join in several nodes that don't depend on one another, such as the stacked weight of experts that are
+computed one after another. These nodes are computed together, so that the weight still gets one gradient.
 """
 
 from collections.abc import Iterable, Sequence

@@ -60,7 +60,7 @@ def relayed(model: Transformer, config: Config, mesh: Mesh) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
 
     def relay(module: nn.Module, source: int | None, blank: Callable[..., Any]) -> None:
-        """`blank` makes memory for the module's result; `source`: the stage that sends it, None: nobody needs it."""
+        """`blank` makes memory for the module's result; `source`: the stage that sends it, None if it isn't needed."""
         if isinstance(module, Absent):
             module.forward = partial(_received, group, source, blank)  # type: ignore[method-assign]
             undo.append(partial(delattr, module, "forward"))

@@ -87,7 +87,7 @@ def _shrink(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
 
 
 def attach(model: Transformer, config: Config, mesh: Mesh, mode: Mode) -> None:
-    """Puts communication where tokens enter and leave a cut region, in place of what was there."""
+    """Puts communication where tokens enter and leave a cut region, replacing any that was there."""
     group, lora = mesh.group("tensor"), config.lora
     leave = partial(_Leave.apply, group, mode)
     if isinstance(model.embedding, Embedding):

@@ -5,7 +5,7 @@ The orders of `interleaved` (Narayanan et al., 2021), `zbv` (zero bubble, Qi et 
 
 * gives weight gradients to a chunk in bulk, past the parameters' hooks: nothing could be reduced during backward;
 * keeps a receive buffer per micro batch of the step, and all that was sent until the step's end;
-* runs the model once more to learn shapes, which the row tells.
+* runs the model once more to learn shapes, although the row gives them.
 
 Its own list for `1f1b` (torch 2.13) leaves out micro batch 0 on the last stage, so that one is made here.
 """
@@ -94,7 +94,7 @@ def _parsed(slot: Any) -> list[Action]:
 
 
 def _merged(actions: Sequence[Action]) -> list[Action]:
-    """Where nobody waits for the first part, one backward is cheaper than two: on the first chunk."""
+    """On the first chunk no stage waits for the input's gradient, and one backward is cheaper than two."""
     merged: list[Action] = []
     for action in actions:
         if action.kind == "W" and action.chunk == 0 and merged and merged[-1] == action._replace(kind="I"):
@@ -108,7 +108,7 @@ def with_transfers(table: Table, layout: PipelineLayout) -> Table:
     """Adds sends and receives between stages.
 
     The stages run in lockstep here, and both ends of a transfer are noted when its data is made. So any two stages list
-    their transfers in the same order, as NCCL needs them, and nobody waits for a send that waits for him.
+    their transfers in the same order, as NCCL needs them, and no two sends wait for each other.
     """
     plan: Table = [[] for _ in table]
     queues = [deque(actions) for actions in table]

@@ -110,7 +110,7 @@ class _Group(NamedTuple):
     dtype: str
 
     def suffix(self, groups: Collection["_Group"]) -> str:
-        """What tells the unit's name from those of the other `groups` of its module."""
+        """What distinguishes the unit's name from those of the other `groups` of its module."""
         parts = []
         if len({group.dtype for group in groups}) > 1:
             parts.append(self.dtype)

@@ -8,7 +8,7 @@ Let p, g and os be the ranks that share parameters, gradients and optimizer stat
 
 and a step is, for every unit (a transformer block, the embedding, the head):
 
-    forward    wait for its parameters; when p > 1 gather them just before use, the next unit's meanwhile; drop them
+    forward    wait for its parameters; when p > 1 gather them just before use, and prefetch the next unit's; drop them
     backward   gradients accumulate in flat buffers; once the unit's last gradient of a micro batch has come, they are
                reduce-scattered over g (when g > 1), and in the last micro batch reduced over everything that is left,
                on a lane beside compute, while the backward of earlier units goes on
@@ -73,7 +73,7 @@ class HybridZero:
         config: sizes in `parallel`, the rest in `hybrid_zero_optimizer`, `adam` and `grad_scaler`.
         value_of: (name, shape) -> the global parameter's value in fp32.
         placements: of the parameters that `parallelize` has cut; all others are whole.
-        trace: told of the events "forward", "used" (p > 1), "backward" of a unit, and of the ".begin" and ".end" of its
+        trace: called at "forward", "used" (p > 1), "backward" of a unit, and of the ".begin" and ".end" of its
             "reduce", "gather" (of updated values) and "fetch" (of sharded parameters).
         lanes: those of another engine on the same mesh, where there is one: with lanes of its own this engine's
             collectives would mix with the other's in an order that differs between ranks.

@@ -22,7 +22,7 @@ def materialise_buffers(
     """Gives the buffers of a model on the meta device memory and their first values. Returns them by name.
 
     Buffers are values that no gradient changes, such as the biases of routers: whole on every rank that has the module,
-    and whoever changes them makes the same change everywhere.
+    and any change is made to all copies alike.
     """
     buffers = {}
     for name, empty in list(model.named_buffers()):

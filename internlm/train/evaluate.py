@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport:
     """Run the model once over `loader` and average over all trained tokens, or pairs, of all data ranks.
 
-    Collective: the loader has the same number of batches on every rank. The model is put in eval mode meanwhile.
+    Collective: the loader has the same number of batches on every rank. The model is in eval mode while it runs.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)  # loss, correct, margin, what is counted
 

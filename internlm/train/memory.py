@@ -167,7 +167,7 @@ def _routed_per_token(model: ModelConfig, item: int) -> int:
 
 def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp", ring: int = 1) -> float:
     """Likewise where results of matrix products and attention are kept alone (model.checkpoint="selective"); in a ring,
-    those of all its steps, which in rows of one document have three quarters of the queries in the mean."""
+    those of all its steps, each of which has on average three quarters of the queries in rows of one document."""
     item = torch_dtype(model.dtype).itemsize
     query = model.num_attention_heads * model.head_size
     key_value = 2 * model.num_kv_heads * model.head_size

@@ -59,7 +59,7 @@ class BatchCounts:
     largest_length: int  # tokens of the longest segment
     largest_batch: int  # most segments in a micro batch
     smallest_batch: int
-    flops: StepFlops  # of one rank, in the mean of all
+    flops: StepFlops  # per rank, averaged over all ranks
 
     @staticmethod
     def of(facts: Tensor, num_ranks: int) -> "BatchCounts":
@@ -75,7 +75,7 @@ _NUM_SUMS = 6  # facts that are summed over the data ranks; of the others the la
 
 
 def count_batch(batch: StepBatch, config: ModelConfig, mesh: Mesh) -> Tensor:
-    """The facts of `batch` on every data rank: fp64 [ranks, facts] on the device. One small gather; nobody waits."""
+    """The facts of `batch` on every data rank: fp64 [ranks, facts] on the device. One small gather, no waiting."""
     rows = batch.micro_batches
     samples = [len(row.segments.lengths) for row in rows]
     flops = step_flops(config, [length for row in rows for length in row.segments.lengths])
@@ -195,7 +195,7 @@ class StepReport:
     updated: bool = False  # the update was made; False also when a gradient was not finite
     loss: float = math.nan  # token-weighted mean over all ranks of what is trained, label smoothing included
     perplexity: float = math.nan
-    acc: float = math.nan  # share of trained tokens whose argmax is right; of pairs that are told apart (dpo)
+    acc: float = math.nan  # share of trained tokens whose argmax is right; of pairs ranked rightly (dpo)
     grad_norm: float = math.nan  # global, before clipping, without the loss scale
     lr: float = 0.0
     adam_beta2: float = 0.0
@@ -224,7 +224,7 @@ class StepReport:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the model was looked at after this step, apart from its training."""
+        """Whether the model was validated or evaluated after this step."""
         return bool(self.validation or self.answers or self.scores)
 
     def scalars(self) -> dict[str, float]:

@@ -27,8 +27,8 @@ logger = get_logger(__name__)
 class Trainer:
     """Trains on the batches of `train_loader`, one optimizer step each.
 
-    They begin where `state` stands; it advances before a report is yielded, so whoever stores it then stores a step
-    that is done. Every rank makes a trainer and runs the same steps.
+    They begin where `state` stands; it advances before a report is yielded, so a checkpoint written then
+    stores a finished step. Every rank makes a trainer and runs the same steps.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Trainer:
         valid_loaders: Mapping[str, ValidLoader],
         routing: Routing | None = None,
     ) -> None:
-        assert routing is not None or config.model.num_experts == 1, "routers are told the weight of their losses"
+        assert routing is not None or config.model.num_experts == 1, "routing sets the weight of the routers' losses"
         self.schedule, self.optimizer, self.state, self.config, self.mesh = schedule, optimizer, state, config, mesh
         self.train_loader, self.valid_loaders = train_loader, valid_loaders
         self.routing = routing

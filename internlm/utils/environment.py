@@ -1,4 +1,4 @@
-"""What the environment says of how this process was started."""
+"""What environment variables say about how this process was started, and how to set one."""
 
 import os
 
@@ -9,7 +9,7 @@ def started_by_slurm() -> bool:
 
 
 def job_id() -> str:
-    """The number that the cluster gave this job, as Slurm or Kubernetes tells it; "none" elsewhere."""
+    """The job's number from Slurm or Kubernetes; "none" elsewhere."""
     pod = os.environ.get("KUBERNETES_POD_NAME", "none")
     return os.environ.get("SLURM_JOB_ID", pod.split("-")[0])
 
@@ -21,5 +21,5 @@ def launched_rank() -> int:
 
 
 def set_default(name: str, value: str) -> None:
-    """For a library that is told in no other way. What the user has set stays."""
+    """Sets a variable for a library that has no other switch. A value set by the user stays."""
     os.environ.setdefault(name, value)

@@ -44,5 +44,5 @@ def lock_folder(folder: Path, key: str) -> IO[bytes]:
 
 
 def this_process() -> str:
-    """How another process is told who has a folder."""
+    """The text by which a lock names its holder to other processes."""
     return f"process {os.getpid()} on {socket.gethostname()}"

@@ -57,7 +57,7 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 class _FileHandler(logging.FileHandler):
     """Opened at the first line, so that ranks without warnings never touch the (often shared) file.
 
-    A full disk is told of once, not by a traceback a line; the terminal still has them all.
+    A full disk is reported once, not by a traceback for every line; the terminal still shows every line.
     """
 
     def __init__(self, path: Path) -> None:

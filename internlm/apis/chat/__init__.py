@@ -140,7 +140,7 @@ class ChatModel:
 
 
 class Conversation:
-    """Turns so far, and how to go on. What an answer has said stays, even where it was broken off."""
+    """Turns so far, and how to go on. The text of an answer stays, even if it was broken off."""
 
     def __init__(self, chat: ChatModel, system: str = "") -> None:
         self.chat, self.system = chat, system
