@@ -75,11 +75,11 @@ def find_checkpoint_problems(config: Config) -> list[str]:
                 Storage(url, f"ckpt.{key}")
     if ckpt.load_ckpt_info is not None:
         with collected(problems):
-            _look_at(ckpt.load_ckpt_info, config)
+            _check_start(ckpt.load_ckpt_info, config)
     return problems
 
 
-def _look_at(info: LoadConfig, config: Config) -> None:
+def _check_start(info: LoadConfig, config: Config) -> None:
     """Raises UserError unless a checkpoint of the named kind lies there, and of this run's model."""
     Storage(info.path, "ckpt.load_ckpt_info.path")
     if info.ckpt_type == "hf":

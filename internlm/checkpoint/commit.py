@@ -91,14 +91,14 @@ def write_rank(save: Save) -> None:
 
 
 def text_of(error: BaseException) -> str:
-    """An error in one line; those for users speak for themselves."""
+    """An error in one line; a UserError by its message alone."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def commit(save: Save, timeout: float, check: Callable[[], None] = lambda: None) -> None:
     """Rank 0: waits for all ranks, makes the checkpoint visible, then removes what it replaces.
 
-    `check` is called before any of that can be seen.
+    `check` is called before any of that becomes visible.
 
     Raises:
         UserError: ranks that failed, or that wrote nothing within `timeout` seconds; the save was abandoned; what

@@ -26,7 +26,7 @@ _FILES = ("train_folder", "tokenizer_path")  # which may have moved: then there 
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int | bool]:
-    """What the names and shapes of all parameters follow from."""
+    """The settings that decide names and shapes of all parameters."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,

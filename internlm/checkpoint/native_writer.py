@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 def write_native(named: Callable[[str], Tensor], config: Config, folder: str | Path) -> str:
-    """Writes the model as checkpoint of step 0 in `folder`; returns its path. Nothing was trained, so there is no more.
+    """Writes the model as checkpoint of step 0 in `folder`; returns its path. It holds parameters only.
 
     `named(name)` returns a global native parameter; each is asked for once, in order. Tensors get the dtype of
     `config.model`. Raises UserError when the folder holds checkpoints already, is in use, or can't be written.
@@ -46,7 +46,7 @@ def _refuse_existing(storage: Storage) -> None:
 
 
 def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> str:
-    """Nothing of it stays where something stops it."""
+    """Writes all of it, or on an error leaves nothing."""
     token, step = new_token(), 0
     work = work_folder(storage, step, token)
     dtype = torch_dtype(config.model.dtype)

@@ -22,8 +22,8 @@ from internlm.train.state import TrainState
 def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> TokenLosses:
     """-log p of every label of a row, [tokens], under the model of `ckpt.load_ckpt_info`.
 
-    Its parameters are sharded as the trained model's are, and there is nothing else of it. `lanes` are those of the
-    trained model's engine. Collective, also each call.
+    Its parameters are sharded as the trained model's are; it has no gradients and no optimizer states. `lanes`
+    are those of the trained model's engine. Collective, also each call.
     """
     assert config.ckpt.load_ckpt_info is not None  # config/checks.py
     start = config.ckpt.load_ckpt_info.model_copy(update={"content": ("model",)})

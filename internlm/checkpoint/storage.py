@@ -34,7 +34,7 @@ class Storage:
         return f"{self.root}/{path}" if path else self.root
 
     def show(self, path: str) -> str:
-        """How messages call `path`."""
+        """The name of `path` in messages."""
         return f"{self.url}/{path}" if path else self.url
 
     def names(self, path: str = "") -> list[str]:
@@ -91,7 +91,7 @@ class Storage:
 
     @contextmanager
     def new_folder(self, path: str) -> Iterator[None]:
-        """Makes a folder for what the block writes there; where the block fails, nothing of it stays."""
+        """Makes a folder for what the block writes there; if the block fails, the folder is removed."""
         try:
             with writing(self.show(path)):
                 self.make_folder(path)
@@ -109,7 +109,7 @@ class Storage:
         _sync_folder(os.path.dirname(self.join(new)))
 
     def remove(self, path: str) -> None:
-        """Removes a file or a folder with all it holds; nothing happens where nothing is."""
+        """Removes a file, or a folder with all it holds, if it exists."""
         with suppress(FileNotFoundError):
             self.fs.rm(self.join(path), recursive=True)
 

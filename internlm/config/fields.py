@@ -47,7 +47,7 @@ def keys(model: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
 
 
 def find_field(path: tuple[str | int, ...]) -> FieldInfo | None:
-    """The field at a path of names; what follows a plain value (a tuple index, a dict key) is not looked at."""
+    """The field at a path of names; what follows a plain value (a tuple index, a dict key) is ignored."""
     model: type[Section] | None = Config
     field: FieldInfo | None = None
     for name in path:

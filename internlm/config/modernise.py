@@ -59,7 +59,7 @@ def settle(tree: Tree, report: Report) -> Tree:
 
 
 def _settle_moe_loss(tree: Tree, report: Report) -> Tree:
-    """A file with gate keys of 2023 that is silent on the balancing loss means the default of then."""
+    """A file with gate keys of 2023 and no balancing loss gets the default of that time."""
     loss = tree.get("loss", {})
     if not any(key.startswith(("moe.", "model.moe_")) for key in report.seen) or "moe_loss_coeff" in loss:
         return tree

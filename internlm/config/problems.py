@@ -14,7 +14,7 @@ Path = tuple[str | int, ...]
 
 
 def validation_problems(error: ValidationError, tree: dict[str, Any]) -> dict[Path, str]:
-    """One problem for each key that pydantic complains of; a union complains once a member, we once."""
+    """One problem for each wrong key, where pydantic reports a union once for each of its members."""
     found: dict[Path, str] = {}
     for details in error.errors(include_url=False):
         path = _key_path(details["loc"])

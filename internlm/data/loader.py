@@ -175,7 +175,7 @@ def _torch_loader(loader: "TrainLoader | ValidLoader", rows: TrainRows | WholeSa
 
 @contextmanager
 def _any_worker_count() -> Iterator[None]:
-    """Without torch's warning: more workers than cores is the user's choice."""
+    """Suppresses torch's warning: more workers than cores is the user's choice."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*worker processes in total.*")
         yield

@@ -3,7 +3,8 @@
 A matrix of N weights costs 2 N FLOP a token forward and 4 N backward. Attention of a segment of s tokens costs, per
 layer and per element of the query width (heads * head_dim), 2 s^2 for the scores and 2 s^2 for the values forward,
 twice that backward: 12 s^2. That is the *full* convention, which most published figures use. Half of the scores are
-masked in causal attention: the *causal* convention counts 6 s^2. HFU (with recomputation) is another thing altogether.
+masked in causal attention: the *causal* convention counts 6 s^2. HFU, which counts
+recomputation as well, is in train/metrics.py.
 """
 
 from collections.abc import Iterable

@@ -34,7 +34,7 @@ class Listener(Protocol):
 class Monitor:
     """Writes the outputs of a run into `run_dir`; a context manager that closes them, whatever happens.
 
-    Every rank makes one, which looks out for a run that is stuck; that of rank 0 writes. `start_step` is the number of
+    Every rank makes one to watch for a stuck run; only rank 0 writes. `start_step` is the number of
     batches done before: what the files hold beyond it is dropped. Batches that were left out have no line. `ranks`,
     where given, are searched for slow ones.
     """
@@ -106,7 +106,7 @@ class Monitor:
 
     @contextmanager
     def _spared(self, listener: Listener) -> Iterator[None]:
-        """A full disk costs curves, not the run, nor the error by which it ends."""
+        """A full disk loses curves; it neither ends the run nor hides the error that does."""
         try:
             yield
         except OSError as error:

@@ -17,7 +17,7 @@ class Watchdog:
     Every rank has one, and logs the stack of its main thread: where they differ is where to look.
 
     Args:
-        tell: is given the message of 2023, for people; on the rank that speaks for all.
+        tell: called with a message for people (the text of 2023), on the rank that speaks for all.
     """
 
     def __init__(self, seconds: float, tell: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ class GradScaler:
         self.overflows = 0
 
     def update(self, ok: bool) -> None:
-        """Takes note of a step: `ok` is False when its gradients were not finite."""
+        """Counts a step; `ok` is False when its gradients were not finite."""
         if not self.enabled:
             return
         if ok:

@@ -137,7 +137,7 @@ class HybridZero:
 
     @property
     def loss_scale(self) -> float:
-        """By which the loss is multiplied before backward."""
+        """The factor on the loss before backward."""
         self._read_ok()
         return self.scaler.scale
 
@@ -145,8 +145,8 @@ class HybridZero:
         """Announces how many micro batches make the step, so that the last one is known by counting.
 
         Args:
-            chunks: the modules whose backward comes at once, where the model's comes in several; a unit that modules of
-                two chunks use gets its gradients in two passes.
+            chunks: the modules of each part, for a backward in several parts; a unit that modules of two chunks use
+                gets its gradients in two passes.
         """
         self._read_ok()
         for unit in self.units:
@@ -270,7 +270,7 @@ class HybridZero:
             self.presence.drop(unit)
 
     def fetch(self, modules: Collection[str]) -> None:
-        """Has the parameters of modules at hand, for computing that is no call of a module. Until `drop`."""
+        """Keeps the parameters of modules present until `drop`, for computation outside the modules' own calls."""
         for unit in self.presence.units_of(modules):
             self.presence.use(unit)
 

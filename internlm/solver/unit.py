@@ -212,7 +212,7 @@ class Unit:
     def add_other_end(self) -> None:
         """Sums over the copies on the first and the last stage of a pipeline.
 
-        Not in `reduce`: the last stage is there before the first one has seen a gradient, and would wait for it.
+        Apart from `reduce`, where the last stage would wait for the first, whose gradients come later.
         """
         if self.ends is not None and self.layout.trainable:
             add_other_end_(self.owned_grad, self.ends)

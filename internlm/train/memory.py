@@ -1,8 +1,8 @@
-"""Memory of one rank, without having it.
+"""The memory that a rank will need, computed without allocating it.
 
-Parameters, gradients and optimizer states are exact: the engine's own plan of buffers, on a model without memory, on a
-rank of a world that is only pretended. Activations and what lives for a moment are estimates by the formulas below,
-which a test holds against autograd.
+Parameters, gradients and optimizer states are exact: the engine's own plan of buffers, on a model without memory, on
+one rank of a simulated world. Activations and short-lived buffers are estimates by the formulas below, which a test
+compares with autograd.
 """
 
 from collections.abc import Callable
@@ -149,7 +149,7 @@ def inside_feed_forward(model: ModelConfig) -> int:
 
 
 def _dense_width(model: ModelConfig) -> int:
-    """Of a feed-forward layer, or the shared experts: what sees every token."""
+    """Width of the feed-forward layer, or of the shared experts: of the part that sees every token."""
     return model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
 
 

@@ -29,7 +29,8 @@ def step_flops(config: ModelConfig, lengths: list[int]) -> StepFlops:
     """FLOPs of forward and backward over segments of the given lengths.
 
     A recomputed block does its forward, a third of its FLOPs, once more; a recomputed feed-forward layer its first
-    product, that of gate and up. Routed experts do all of theirs: what weighs their outputs needs these in backward.
+    product, that of gate and up. Routed experts repeat all of theirs: the weighting of their outputs needs these in
+    backward.
     """
     causal, full = model_flops(config, lengths)
     blocks = causal - 6.0 * config.vocab_size * config.hidden_size * sum(lengths)

@@ -62,7 +62,7 @@ class PreferenceLoss:
 
 
 def margin_sum(output: LossOutput) -> Tensor:
-    """By how much more than the rejected answers the chosen ones gained, times beta, over a row's pairs: fp64 [].
+    """The sum of a row's margins: beta times how much more the chosen answer gained than the rejected one. fp64 [].
 
     A loss is -log of the probability that is the sigmoid of the margin. In fp32 it is 0 from a margin of 104 on, which
     counts as 103 then.

@@ -1,4 +1,4 @@
-"""The loop: batches in, reports out. What a step means is all here; who listens to the reports is not."""
+"""The loop: batches in, reports out. All that a step does is here; what becomes of its report is not."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -27,8 +27,8 @@ logger = get_logger(__name__)
 class Trainer:
     """Trains on the batches of `train_loader`, one optimizer step each.
 
-    They begin where `state` stands; it advances before a report is yielded, so a checkpoint written then
-    stores a finished step. Every rank makes a trainer and runs the same steps.
+    They begin where `state` stands; it advances before a report is yielded, so a checkpoint written then stores a
+    finished step. Every rank makes a trainer and runs the same steps.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Trainer:
         return [self.routing.end_step(self.mesh, self._num_rows(batch), ok)]
 
     def _weight(self, row: Batch, counts: BatchCounts, num_micro: int) -> float:
-        """By which a micro batch's summed loss is multiplied, so that the ranks' sum is the step's mean."""
+        """The factor on a micro batch's summed loss that makes the sum over ranks the step's mean."""
         if self.config.loss.reduction == "token":
             return 1 / counts.trained_tokens
         # The 2023 rule: the mean over micro batches and data ranks of each micro batch's mean.

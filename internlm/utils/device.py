@@ -125,7 +125,7 @@ def _data_sheet_peak(device_name: str) -> float | None:
 def _measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of some square matrix products, which grow until one takes 20 ms.
 
-    A CPU without 16-bit arithmetic would need seconds for a size that a GPU does not feel.
+    No fixed size would do: it would take a CPU without 16-bit arithmetic seconds, or a GPU next to no time.
     """
     best, size = 0.0, 256
     while size <= 8192:

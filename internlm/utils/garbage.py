@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def paused_collector(every: int = 50) -> Iterator[Callable[[], None]]:
     """Stops automatic collection inside. Yields a function to call once a step, which collects each `every` calls.
 
-    What lives at the start is never looked at again, so a collection takes a millisecond.
+    Objects that live at the start are never examined again, so a collection takes a millisecond.
     """
     calls = 0
 
