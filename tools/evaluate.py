@@ -60,7 +60,7 @@ def evaluate(given: argparse.Namespace) -> None:
         raise UserError(f"--max_length {max_length}: must be at least 2")
     check_length(max_length, config, f"--max_length {max_length}")
     check_tasks(tasks, manager, max_length)
-    stops = _stop_ids(given.path, config.vocab_size) if isinstance(reader, HFReader) else ()
+    stops = inspect_tokenizer(given.path, config.vocab_size).end_ids if isinstance(reader, HFReader) else []
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
     results = run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
     if results is None:
@@ -70,12 +70,6 @@ def evaluate(given: argparse.Namespace) -> None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
         given.output.write_text(text + "\n", encoding="utf-8")
-
-
-def _stop_ids(folder: str, vocab_size: int) -> Sequence[int]:
-    """The ends that a Hugging Face folder names: a chat model has more than its tokenizer's one."""
-    ids = inspect_tokenizer(folder, vocab_size).special_ids["eos_token_id"]
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def show(results: dict[str, Any]) -> None:

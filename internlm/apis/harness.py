@@ -186,14 +186,11 @@ class _Generation:
     def of(given: Mapping[str, Any]) -> "_Generation":
         until = given.get("until") or ()
         limit = next((given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if key in given), None)
-        samples = given.get("do_sample", float(given.get("temperature") or 0) > 0)
-        return _Generation(
-            (until,) if isinstance(until, str) else tuple(until),
-            Sampling(float(given.get("temperature") or 1), top_p=float(given.get("top_p") or 1))
-            if samples
-            else Sampling(),
-            MAX_NEW_TOKENS if limit is None else int(limit),
-        )
+        sampling = Sampling()  # greedy
+        if given.get("do_sample", float(given.get("temperature") or 0) > 0):
+            sampling = Sampling(float(given.get("temperature") or 1), top_p=float(given.get("top_p") or 1))
+        texts = (until,) if isinstance(until, str) else tuple(until)
+        return _Generation(texts, sampling, MAX_NEW_TOKENS if limit is None else int(limit))
 
 
 def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:

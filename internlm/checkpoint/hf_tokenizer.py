@@ -51,11 +51,19 @@ class TokenizerSource:
 
     path: Path
     size: int  # ids
-    special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id; None where there is none
+    special_ids: dict[str, Any]  # bos_token_id, eos_token_id (or a list), pad_token_id; None where there is none
 
     @property
     def is_folder(self) -> bool:
         return self.path.is_dir()
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer. A chat model's folder may name more than its tokenizer's one."""
+        ids = self.special_ids["eos_token_id"]
+        if ids is None:
+            return []
+        return ids if isinstance(ids, list) else [ids]
 
 
 def inspect_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
@@ -96,10 +104,10 @@ def write_tokenizer(
         return source.special_ids
     # without marks of what to train on, which other engines don't know
     (folder / "chat_template.jinja").write_text(template.plain_source, encoding="utf-8")
-    return _with_stops(source.special_ids, folder, template)
+    return _with_stops(source, folder, template)
 
 
-def _with_stops(special_ids: dict[str, Any], folder: Path, template: ChatTemplate) -> dict[str, Any]:
+def _with_stops(source: TokenizerSource, folder: Path, template: ChatTemplate) -> dict[str, Any]:
     about = _read_json(folder / "tokenizer.json")
     vocab = about.get("model", {}).get("vocab", {})
     ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -109,10 +117,8 @@ def _with_stops(special_ids: dict[str, Any], folder: Path, template: ChatTemplat
             f"the tokenizer has no token {', '.join(missing)}, at which answers of chat template {template.name} end: "
             "generation goes on until another stop token or the length limit"
         )
-    eos = special_ids.get("eos_token_id")
-    own = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    stops = list(dict.fromkeys([*own, *(ids[text] for text in template.stop if text in ids)]))
-    return {**special_ids, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    stops = list(dict.fromkeys([*source.end_ids, *(ids[text] for text in template.stop if text in ids)]))
+    return {**source.special_ids, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
 
 
 def _write_files(source: TokenizerSource, folder: Path, max_length: int, template: ChatTemplate | None) -> None:

@@ -98,7 +98,9 @@ def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, in
     """(parameters, gradients, masters, moments) in bytes that one rank keeps of a unit."""
     p, g, os = shares(axes)
     engine = config.hybrid_zero_optimizer
-    master = 0 if layout.dtype == torch.float32 else 2 if engine.master == "split" else 4
+    master = 2 if engine.master == "split" else 4
+    if layout.dtype == torch.float32:
+        master = 0  # the parameters themselves
     moment = torch_dtype(engine.moment_dtype).itemsize
     if layout.packed:
         return int(layout.size // p * BITS / 8), 0, 0, 0
@@ -204,7 +206,9 @@ def _activations(config: Config, mesh: Mesh) -> int:
         recomputed = num_recomputed(num_blocks, model.recompute_fraction)
         return (num_blocks - recomputed) * block + recomputed * stream
 
-    again = inside if model.checkpoint in ("feed_forward", "offload") else block if model.checkpoint else 0
+    again = block if model.checkpoint else 0
+    if model.checkpoint in ("feed_forward", "offload"):
+        again = inside
     return int(_tokens(config, mesh) * (most_kept(config, mesh.coordinates["pipeline"], of_chunk) + again))
 
 

@@ -245,4 +245,4 @@ class StepReport:
 
 def perplexity(mean_loss: float) -> float:
     """exp of the mean negative log likelihood; inf where that has no float."""
-    return math.exp(mean_loss) if mean_loss < 700 else (mean_loss if math.isnan(mean_loss) else math.inf)
+    return math.inf if mean_loss >= 700 else math.exp(mean_loss)  # nan stays nan
