@@ -61,20 +61,21 @@ def own_segments(lengths: Sequence[int], ring: int, rank: int) -> Segments:
 
 def rectangle(lengths: Sequence[int], ring: int, rank: int, peer: int) -> Rectangle | None:
     """The queries of `rank` that attend to keys of another rank `peer`, and these keys; None: there are none."""
-    (_, first_end), (second_start, _) = own = spans(sum(lengths), ring, rank)
-    theirs = spans(sum(lengths), ring, peer)
-    chunk = first_end - own[0][0]
-    # The peer's first chunk is earlier than all queries, or both its chunks lie between the two of this rank.
-    between = peer > rank
-    border = second_start if between else theirs[0][1]
+    own, theirs = spans(sum(lengths), ring, rank), spans(sum(lengths), ring, peer)
+    chunk = own[0][1] - own[0][0]
+    if peer > rank:  # both chunks of the peer lie between the two of this rank
+        queries, keys, border = own[1:], theirs, own[1][0]
+        first_query, keys_end = chunk, 2 * chunk
+    else:  # the peer's first chunk lies before all queries, its second behind them
+        queries, keys, border = own, theirs[:1], theirs[0][1]
+        first_query, keys_end = 0, chunk
+    # Only the document that crosses the border has both: keys before it and queries behind it.
     across = next((d for d in _documents(lengths) if d[0] < border < d[1]), None)
     if across is None:
         return None
-    num_queries = _overlap(across, own[1:] if between else own)
-    num_keys = _overlap(across, theirs if between else theirs[:1])
+    num_queries, num_keys = _overlap(across, queries), _overlap(across, keys)
     if not (num_queries and num_keys):
         return None
-    first_query, keys_end = (chunk, 2 * chunk) if between else (0, chunk)
     return Rectangle(slice(first_query, first_query + num_queries), slice(keys_end - num_keys, keys_end))
 
 
