@@ -31,6 +31,7 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 
 def find_problems(config: Config, world_size: int | None = None) -> list[str]:
+    """All problems, one line each; see `check`."""
     found = [problem for one in CHECKS for problem in one(config)]
     return found + find_layout_problems(config, world_size)
 
@@ -41,6 +42,7 @@ def is_local(path: str) -> bool:
 
 
 def heads(config: Config) -> Problems:
+    """Heads divide the width, have an even size, and are shared out evenly among key/value heads."""
     model = config.model
     hidden, query = model.hidden_size, model.num_attention_heads
     kv = model.num_kv_heads
@@ -58,6 +60,7 @@ def heads(config: Config) -> Problems:
 
 
 def rotary(config: Config) -> Problems:
+    """Dynamic scaling is for inference; rows of training must fit the model."""
     model, seq_len = config.model, config.data.seq_len
     scaling = model.rope_scaling
     if scaling is None or scaling.type != "dynamic" or seq_len <= model.max_position_embeddings:
@@ -70,6 +73,7 @@ def rotary(config: Config) -> Problems:
 
 
 def experts(config: Config) -> Problems:
+    """Tokens choose among the experts that there are."""
     model, moe = config.model, config.model.moe
     if model.num_experts == 1:
         return
@@ -86,6 +90,7 @@ def experts(config: Config) -> Problems:
 
 
 def precision(config: Config) -> Problems:
+    """A split master needs bfloat16."""
     engine = config.hybrid_zero_optimizer
     if engine.master == "split" and config.model.dtype == "torch.float16":
         yield (
@@ -95,6 +100,7 @@ def precision(config: Config) -> Problems:
 
 
 def batches(config: Config) -> Problems:
+    """The texts about batches can be read, and `data.type` has what it needs."""
     data = config.data
     if data.rampup_batch_size:
         yield from _rampup(data.rampup_batch_size, data.micro_num)
@@ -139,6 +145,7 @@ def _skip(text: str) -> Problems:
 
 
 def adapters(config: Config) -> Problems:
+    """Adapters have a base, projections to sit on, and a dropout that backward can repeat."""
     if config.lora is None:
         return
     yield from _adapted(config.lora, config.model)
@@ -174,6 +181,7 @@ def _adapted(lora: LoraConfig, model: ModelConfig) -> Problems:
 
 
 def offloading(config: Config) -> Problems:
+    """Only dense feed-forward layers are offloaded, and backward fetches them once."""
     if config.model.checkpoint != "offload":
         return
     if config.model.num_experts > 1:
@@ -189,6 +197,7 @@ def offloading(config: Config) -> Problems:
 
 
 def preference(config: Config) -> Problems:
+    """Rows hold whole pairs on one rank, and there is a reference."""
     data, parallel = config.data, config.parallel
     if (config.dpo is None) != (data.type != "preference"):
         there = "no" if config.dpo is None else "a"
@@ -209,6 +218,7 @@ def preference(config: Config) -> Problems:
 
 
 def evaluation(config: Config) -> Problems:
+    """There is something to evaluate, and a tokenizer to read it."""
     asked, sizes = config.evaluation, config.parallel.axis_sizes
     if (asked.every > 0) != bool(asked.prompts or asked.tasks):
         yield f"evaluation.every = {asked.every}: it goes with evaluation.prompts or tasks; give both or neither"
@@ -224,6 +234,7 @@ def evaluation(config: Config) -> Problems:
 
 
 def schedule(config: Config) -> Problems:
+    """The phases of the learning rate fit into the run."""
     lr = config.lr_scheduler
     total = lr.total_steps or config.data.total_steps
     source = "lr_scheduler.total_steps" if lr.total_steps else "data.total_steps"
@@ -242,6 +253,7 @@ def schedule(config: Config) -> Problems:
 
 
 def checkpoints(config: Config) -> Problems:
+    """The checkpoint to start from is there and has what is asked of it."""
     ckpt = config.ckpt
     if ckpt.stop_file_path and not ckpt.enable_save_ckpt:
         yield "ckpt.stop_file_path asks for saves on demand, but ckpt.enable_save_ckpt = False; set it True"
@@ -259,6 +271,7 @@ def checkpoints(config: Config) -> Problems:
 
 
 def files(config: Config) -> Problems:
+    """Folders and files of data exist, and outputs go to folders."""
     data = config.data
     if data.type != "synthetic":
         for key in ("train_folder", "valid_folder"):
@@ -310,6 +323,7 @@ def _mixture(config: Config) -> Problems:
 
 
 def alerts(config: Config) -> Problems:
+    """Alerts have a URL to go to."""
     alert = config.monitor.alert
     address = alert.feishu_alert_address
     if alert.enable_feishu_alert and not (address or "").startswith(("http://", "https://")):
