@@ -26,13 +26,14 @@ from internlm.checkpoint.hf_names import (
     to_interleaved,
 )
 from internlm.checkpoint.hf_remote_code import write_remote_code
-from internlm.checkpoint.hf_target import INDEX, prepare_folder, write_json
+from internlm.checkpoint.hf_target import INDEX, prepare_folder
 from internlm.checkpoint.hf_tokenizer import check_export, inspect_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError, writing
+from internlm.utils.json_files import write_json
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)

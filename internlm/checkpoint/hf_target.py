@@ -1,13 +1,11 @@
 """The folder that an export goes to."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from internlm.checkpoint.hf_remote_code import REMOTE_CODE_FILES
 from internlm.checkpoint.hf_tokenizer import TOKENIZER_FILES
-from internlm.utils.errors import UserError, writing
+from internlm.utils.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -31,12 +29,6 @@ def prepare_folder(folder: Path, force: bool) -> None:
             if _WEIGHTS_AND_CONFIG.fullmatch(file.name) or file.name in others:
                 file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file of an export. Raises UserError where it can't be written."""
-    with writing(str(file)):
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _other_than_export(folder: Path) -> str | None:

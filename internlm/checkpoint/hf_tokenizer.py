@@ -20,6 +20,7 @@ from internlm.data.chat_template import ChatTemplate
 from internlm.data.encoder import SPACE
 from internlm.data.tokenizer import INTERNLM2_NAMES
 from internlm.utils.errors import UserError
+from internlm.utils.json_files import read_json, write_json
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -108,7 +109,7 @@ def write_tokenizer(
 
 
 def _with_stops(source: TokenizerSource, folder: Path, template: ChatTemplate) -> dict[str, Any]:
-    about = _read_json(folder / "tokenizer.json")
+    about = read_json(folder / "tokenizer.json")
     vocab = about.get("model", {}).get("vocab", {})
     ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
     ids.update({token["content"]: token["id"] for token in about.get("added_tokens", [])})
@@ -143,9 +144,9 @@ def _write_files(source: TokenizerSource, folder: Path, max_length: int, templat
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
     special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings[key]}
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "special_tokens_map.json", special)
     pieces = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
     renamed = {
         piece: name
@@ -165,9 +166,8 @@ def _open_sentencepiece(path: Path) -> TokenizerSource:
     except (OSError, RuntimeError) as error:
         raise UserError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
     bos, eos, _ = (index if index >= 0 else None for index in _special_ids(processor))
-    return TokenizerSource(
-        path, processor.vocab_size(), {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    )
+    special = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    return TokenizerSource(path, processor.vocab_size(), special)
 
 
 def _open_folder(path: Path) -> TokenizerSource:
@@ -175,20 +175,19 @@ def _open_folder(path: Path) -> TokenizerSource:
         if (path / "tokenizer.model").exists():
             return _open_sentencepiece(path / "tokenizer.model")
         raise UserError(f"tokenizer folder {path} holds neither tokenizer.json nor tokenizer.model")
-    about = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    about = read_json(path / "tokenizer.json")
     vocab = about["model"]["vocab"]
     ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
     added = {token["content"]: token["id"] for token in about.get("added_tokens", [])}
-    settings = _read_json(path / "tokenizer_config.json")
+    settings = read_json(path / "tokenizer_config.json")
     special: dict[str, Any] = {}
     for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token")
         special[f"{kind}_token_id"] = added.get(token["content"] if isinstance(token, dict) else token)
-    # A chat model stops at more ids than its tokenizer's eos.
-    stop = _read_json(path / "generation_config.json").get("eos_token_id")
-    return TokenizerSource(
-        path, 1 + max([*ids, *added.values()]), special | ({} if stop is None else {"eos_token_id": stop})
-    )
+    stop = read_json(path / "generation_config.json").get("eos_token_id")
+    if stop is not None:  # a chat model stops at more ids than its tokenizer's eos
+        special["eos_token_id"] = stop
+    return TokenizerSource(path, 1 + max([*ids, *added.values()]), special)
 
 
 def _proto(processor: SentencePieceProcessor) -> Any:
@@ -232,7 +231,7 @@ def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed
             f"tokenizer.json and tokenizer.model differ on {differing}: this sentencepiece model uses features "
             "that tokenizer.json cannot express; prefer tokenizer.model"
         )
-    _write_json(file, _with_names(json.loads(tokenizer.to_str()), renamed))
+    write_json(file, _with_names(json.loads(tokenizer.to_str()), renamed))
 
 
 def _with_names(about: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
@@ -296,11 +295,3 @@ def _decoder(spec: Any) -> Any:
 
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else steps)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

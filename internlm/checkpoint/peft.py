@@ -9,11 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split
-from internlm.checkpoint.hf_target import ADAPTER_FILES, prepare_folder, write_json
+from internlm.checkpoint.hf_target import ADAPTER_FILES, prepare_folder
 from internlm.checkpoint.native import NativeReader, is_hf_folder
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import write_tensors
 from internlm.utils.errors import UserError
+from internlm.utils.json_files import write_json
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)

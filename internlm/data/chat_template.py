@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from internlm.data.message import Message, ToolCall, with_texts
 from internlm.data.tokenizer import any_of
 from internlm.utils.errors import UserError
+from internlm.utils.json_files import read_json
 from internlm.utils.logger import get_logger
 
 FOLDER = Path(__file__).parent / "templates"
@@ -197,12 +198,12 @@ def template_of(folder: str | Path) -> ChatTemplate:
     Raises UserError where there is neither.
     """
     folder = Path(folder)
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     source = _own_source(folder, settings)
     if source is not None:
         tokens = {key: _token(value) for key, value in settings.items() if key.endswith("_token") and _token(value)}
         return ChatTemplate(f"of {folder}", source, _stops(folder, settings, tokens), tokens)
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in _BY_MODEL_TYPE:
         raise UserError(
             f'{folder}: no chat_template.jinja, no "chat_template" in tokenizer_config.json, and model_type '
@@ -279,22 +280,9 @@ def _token(value: Any) -> str:
 
 def _stops(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) -> tuple[str, ...]:
     """The texts of generation_config.json's end ids and of the tokenizer's eos token."""
-    ids = _read_json(folder / "generation_config.json").get("eos_token_id", [])
+    ids = read_json(folder / "generation_config.json").get("eos_token_id", [])
     added = {number: _token(token) for number, token in settings.get("added_tokens_decoder", {}).items()}
-    for token in _read_json(folder / "tokenizer.json").get("added_tokens", []):
+    for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
         added.setdefault(str(token.get("id")), _token(token))
     stops = [added.get(str(number), "") for number in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(text for text in (*stops, tokens.get("eos_token", "")) if text))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError for a file that is there and no JSON object."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object.")
-    return value
