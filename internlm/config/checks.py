@@ -4,14 +4,14 @@ Every check is a pure function of the config (and the world size, where known) t
 keys, their values, the arithmetic, and what to change.
 """
 
-import re
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from internlm.config.batch_texts import parse_batches, parse_ramp
 from internlm.config.layout import Problems, divisors, find_layout_problems, not_divided
 from internlm.config.schema import V_SCHEDULES, Config, LoraConfig, ModelConfig
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, collected
 
 
 class ConfigError(UserError):
@@ -102,46 +102,23 @@ def precision(config: Config) -> Problems:
 def batches(config: Config) -> Problems:
     """The texts about batches can be read, and `data.type` has what it needs."""
     data = config.data
-    if data.rampup_batch_size:
-        yield from _rampup(data.rampup_batch_size, data.micro_num)
-    if data.skip_batches:
-        yield from _skip(data.skip_batches)
+    problems: list[str] = []
+    with collected(problems):
+        ramp = parse_ramp(data.rampup_batch_size)
+        if ramp is not None and ramp.start > data.micro_num:
+            problems.append(
+                f"data.rampup_batch_size = {data.rampup_batch_size!r} starts with {ramp.start} micro batches, above "
+                f"data.micro_num = {data.micro_num}; start with {data.micro_num} or fewer"
+            )
+    with collected(problems):
+        parse_batches(data.skip_batches)
+    yield from problems
     if data.type in ("text", "chat", "preference") and data.tokenizer_path is None:
         yield f'data.type = "{data.type}" needs data.tokenizer_path; give that of a sentencepiece model'
     if data.pack_sample_into_one and data.packing not in (None, "cut"):
         yield f'data.pack_sample_into_one = True joins samples, data.packing = "{data.packing}" parts them; keep one'
     if data.type in ("text", "chat", "preference", "megatron") and data.train_folder is None:
         yield f'data.type = "{data.type}" needs data.train_folder; give it'
-
-
-def _rampup(text: str, micro_num: int) -> Problems:
-    words = text.split()
-    if len(words) != 3 or not all(word.isdecimal() for word in words):
-        yield f'data.rampup_batch_size = {text!r}: expected three numbers "START INCR EVERY", as "2 2 100"'
-        return
-    start, increment, every = map(int, words)
-    if min(start, increment, every) < 1:
-        yield f"data.rampup_batch_size = {text!r}: START, INCR and EVERY must be 1 or more"
-    if start > micro_num:
-        yield (
-            f"data.rampup_batch_size = {text!r} starts with {start} micro batches, above data.micro_num = {micro_num}; "
-            f"start with {micro_num} or fewer"
-        )
-
-
-def _skip(text: str) -> Problems:
-    last = -1
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
-        if match is None:
-            yield f'data.skip_batches = {text!r}: expected batches "N" and spans "A-B" for {item!r}'
-            return
-        first, end = int(match[1]), int(match[2] or match[1])
-        if end < first:
-            yield f"data.skip_batches = {text!r}: {item.strip()} ends before it begins; write {end}-{first}"
-        elif first <= last:
-            yield f"data.skip_batches = {text!r}: {item.strip()} comes after {last}; spans must ascend, without overlap"
-        last = max(last, end)
 
 
 def adapters(config: Config) -> Problems:

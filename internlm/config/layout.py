@@ -4,10 +4,13 @@ Every check yields one line a problem, as in checks.py: keys, values, the arithm
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from math import gcd
 
+from internlm.config.batch_texts import parse_ramp
 from internlm.config.schema import V_SCHEDULES, Config, DataConfig, ModelConfig, ParallelConfig
+from internlm.utils.errors import UserError
 
 Problems = Iterator[str]
 
@@ -182,11 +185,11 @@ def pipeline_batches(config: Config) -> Problems:
 
 def _micro_nums(data: DataConfig) -> list[int]:
     """All numbers of micro batches that a step of the run has."""
-    words = data.rampup_batch_size.split()
-    ramp: set[int] = set()
-    if len(words) == 3 and all(word.isdecimal() and int(word) for word in words):  # else checks.py reports it
-        ramp = set(range(int(words[0]), data.micro_num, int(words[1])))
-    return sorted(ramp | {data.micro_num})
+    with suppress(UserError):  # checks.py reports it
+        ramp = parse_ramp(data.rampup_batch_size)
+        if ramp is not None:
+            return [*range(ramp.start, data.micro_num, ramp.increment), data.micro_num]
+    return [data.micro_num]
 
 
 def _cut_columns(model: ModelConfig) -> tuple[str, int]:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from internlm.config.batch_texts import parse_batches
 from internlm.config.schema import Config, DataConfig
 from internlm.data.fitting import FittedFile, PairedFile, UnpackedFile
 from internlm.data.formats import SampleFile
 from internlm.data.mixture import MixtureOrder
 from internlm.data.packing import PackedFile, Packing, PackOptions, Row, WholeSamples
-from internlm.data.sampler import BatchSizes, EpochOrder, Order, SkippedBatches, Span, place_after, spans
+from internlm.data.sampler import BatchSizes, EpochOrder, Order, Span, place_after, spans
 from internlm.data.sources import Sources, open_train, open_valid
 from internlm.model.batch import Batch, Segments
 from internlm.utils.errors import UserError
@@ -212,7 +213,7 @@ class TrainLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.total_steps = data.total_steps
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
-        self.skipped = SkippedBatches.parse(data.skip_batches)
+        self.skipped = parse_batches(data.skip_batches)
         rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
         logger.info("training data: %s", rows)
         self.type_names = rows.type_names
@@ -237,7 +238,7 @@ class TrainLoader:
     def row_numbers(self) -> Iterator[list[int]]:
         """The rows of this rank in each batch; none for a skipped one, which is counted but not read."""
         for index, first, size in self._to_come():
-            skipped = index in self.skipped
+            skipped = any(index in span for span in self.skipped)
             yield [] if skipped else self.order.rows(first, size)[self.dp_rank :: self.dp_size].tolist()
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -288,8 +289,7 @@ def pack_options(config: Config) -> PackOptions:
 def build_train_loader(config: Config, dp_rank: int, dp_size: int) -> TrainLoader:
     """The training batches of data rank `dp_rank` of `dp_size`; they begin with the first, or where `seek` says.
 
-    Raises UserError for missing or damaged files, bad `mixture`, `rampup_batch_size` or `skip_batches`, and for fewer
-    rows than one batch takes.
+    Raises UserError for bad files, `mixture`, `rampup_batch_size` or `skip_batches`, and for too few rows for a batch.
     """
     return TrainLoader(config, dp_rank, dp_size)
 

@@ -6,15 +6,15 @@ with the same micro_num * data ranks train on the same rows at every step, and a
 of any size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from internlm.config.batch_texts import parse_ramp
 from internlm.data.formats import Int64s
-from internlm.utils.errors import UserError
 
 
 class Order(Protocol):
@@ -41,24 +41,15 @@ class BatchSizes:
     rampup: str = ""
 
     def __post_init__(self) -> None:
-        if self.rampup.strip():
-            _ = self._ramp  # refuses a bad text now
+        _ = self._ramp  # refuses a bad text now
 
     @cached_property
     def _ramp(self) -> Int64s:
         """Rows per rank of the batches before the size is constant, [batches]."""
-        if not self.rampup.strip():
+        ramp = parse_ramp(self.rampup)
+        if ramp is None:
             return np.empty(0, np.int64)
-        try:
-            start, increment, every = (int(word) for word in self.rampup.split())
-        except ValueError:
-            start = increment = every = 0
-        if min(start, increment, every) < 1:
-            raise UserError(
-                f'data.rampup_batch_size = "{self.rampup}": expected three positive integers "START INCR EVERY", '
-                'such as "2 2 100": 2 micro batches, 2 more every 100 batches, up to data.micro_num.'
-            )
-        return np.arange(min(start, self.micro_num), self.micro_num, increment, dtype=np.int64).repeat(every)
+        return np.arange(ramp.start, self.micro_num, ramp.increment, dtype=np.int64).repeat(ramp.every)
 
     @property
     def full(self) -> int:
@@ -122,27 +113,3 @@ def spans(order: Order, sizes: BatchSizes, batches: range, place: int) -> Iterat
 def place_after(order: Order, sizes: BatchSizes, batch: int) -> int:
     """The place behind the first `batch` batches of a run."""
     return max((first + size for _, first, size in spans(order, sizes, range(batch), 0)), default=0)
-
-
-@dataclass(frozen=True)
-class SkippedBatches:
-    """The batches named by `skip_batches`, as "3,10-12" (both ends included, ascending)."""
-
-    spans: Sequence[tuple[int, int]]
-
-    @staticmethod
-    def parse(text: str) -> "SkippedBatches":
-        """Raises UserError for anything but ascending numbers and spans that don't overlap."""
-        spans: list[tuple[int, int]] = []
-        for item in text.split(",") if text.strip() else []:
-            first, dash, last = item.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                raise UserError(f'data.skip_batches = "{text}": "{item}" is neither a number nor a span like 10-12.')
-            span = (int(first), int(last) if dash else int(first))
-            if span[1] < span[0] or (spans and span[0] <= spans[-1][1]):
-                raise UserError(f'data.skip_batches = "{text}": "{item}" does not ascend; sort the items.')
-            spans.append(span)
-        return SkippedBatches(spans)
-
-    def __contains__(self, index: int) -> bool:
-        return any(first <= index <= last for first, last in self.spans)
