@@ -21,7 +21,7 @@ from internlm.data.formats import Int64s, MegatronFile
 from internlm.data.message import Message
 from internlm.data.records import Conversation, PlainText, Record, pair_of, parse_line, record_of
 from internlm.data.text import cached, content_hash
-from internlm.data.tokenize import Encoded, Piece, in_processes, line_number, pieces_of, texts_of
+from internlm.data.tokenize import Encoded, Task, in_processes, line_number, tasks_of, texts_of
 from internlm.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -221,7 +221,7 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
 def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[Encoded]:
     """All samples of a file in order; what the rule for long samples did is logged at the end."""
     counts: Counter[str] = Counter()
-    for encoded in in_processes(chat_pieces(path), partial(_piece_encoder, recipe), num_workers):
+    for encoded in in_processes(chat_tasks(path), partial(_task_encoder, recipe), num_workers):
         counts.update(encoded.counts)
         yield encoded
     if left_out := counts.pop(_EMPTY, 0):
@@ -232,25 +232,25 @@ def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[E
         logger.info(f"{path}: {', '.join(f'{name}: {count}' for name, count in counts.items())} (data.long_samples)")
 
 
-def chat_pieces(path: Path) -> Iterator[Piece]:
+def chat_tasks(path: Path) -> Iterator[Task]:
     """The tasks of a file: lines, or rows of a table as JSON."""
     if path.suffix in (".parquet", ".arrow"):
         first = 0
         for rows in _table_rows(path):
             texts = tuple(json.dumps(row, ensure_ascii=False) for row in rows)
-            yield Piece(str(path), "json", texts=texts, first=first)
+            yield Task(str(path), "json", texts=texts, first=first)
             first += len(texts)
     else:
-        yield from pieces_of(path, None)
+        yield from tasks_of(path, None)
 
 
-def _piece_encoder(recipe: ChatRecipe) -> Callable[[Piece], Encoded]:
+def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:
     encoder = ChatEncoder(recipe)
 
-    def encode(piece: Piece) -> Encoded:
+    def encode(task: Task) -> Encoded:
         counts: Counter[str] = Counter()
         samples: list[str] = []
-        for number, line in enumerate(texts_of(piece, None)):
+        for number, line in enumerate(texts_of(task, None)):
             if not line.strip():
                 continue
             try:
@@ -259,21 +259,21 @@ def _piece_encoder(recipe: ChatRecipe) -> Callable[[Piece], Encoded]:
                 fitted = [encoder.fitted(encoder.encode(record), counts) for record in records]
             except NothingToLearnError as error:
                 if recipe.pairs:
-                    raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
+                    raise UserError(f"{task.path}, {place_in(task, number)}: {error}") from error
                 counts[_EMPTY] += 1
                 continue
             except UserError as error:
-                raise UserError(f"{piece.path}, {place_in(piece, number)}: {error}") from error
+                raise UserError(f"{task.path}, {place_in(task, number)}: {error}") from error
             if all(fitted):  # a pair stays or goes as a whole
                 samples += [str(ids.tolist())[1:-1] for pieces in fitted for ids in pieces]
-        return Encoded(samples, piece.end, counts)
+        return Encoded(samples, task.end, counts)
 
     return encode
 
 
-def place_in(piece: Piece, number: int) -> str:
-    """Where text `number` of a piece stands in its file."""
-    return f"line {line_number(piece, number)}" if piece.kind == "jsonl" else f"record {piece.first + number + 1}"
+def place_in(task: Task, number: int) -> str:
+    """Where text `number` of a task stands in its file."""
+    return f"line {line_number(task, number)}" if task.kind == "jsonl" else f"record {task.first + number + 1}"
 
 
 def _table_rows(path: Path) -> Iterator[Sequence[Mapping[str, Any]]]:

@@ -126,9 +126,9 @@ def _write_ids(path: Path, encoded: Iterator[Encoded]) -> np.ndarray:
     """Ids as int32, one after the other; returns the tokens of each sample, int32 [samples]."""
     lengths: list[np.ndarray] = []
     with path.open("wb") as file:
-        for piece in encoded:
-            ids = np.fromstring(", ".join(filter(None, piece.ids)), np.int32, sep=",")  # type: ignore[call-overload]
-            lengths.append(np.array([text.count(",") + 1 if text else 0 for text in piece.ids], np.int32))
+        for samples in encoded:
+            ids = np.fromstring(", ".join(filter(None, samples.ids)), np.int32, sep=",")  # type: ignore[call-overload]
+            lengths.append(np.array([text.count(",") + 1 if text else 0 for text in samples.ids], np.int32))
             file.write(ids.astype("<i4").tobytes())
         file.flush()
         os.fsync(file.fileno())

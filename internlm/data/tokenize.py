@@ -1,6 +1,6 @@
 """Text files to token ids: the common part of `tools/tokenizer.py` and of `data.type="text"`.
 
-The file is cut into pieces of whole lines; worker processes read, check and encode their pieces; results come back
+The file is cut into tasks of whole lines; worker processes read, check and encode their tasks; results come back
 in order. Memory does not grow with the file.
 """
 
@@ -25,8 +25,8 @@ Kind = Literal["txt", "json", "jsonl"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One task: some whole lines of a text file, or texts that were already taken out of a json list."""
+class Task:
+    """Work for one process: some whole lines of a text file, or texts that were already taken out of a json list."""
 
     path: str
     kind: Kind
@@ -37,7 +37,7 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """Bytes of the file that are read once this piece is."""
+        """Bytes of the file that are read once this task is."""
         return self.start + self.size
 
 
@@ -49,11 +49,11 @@ def kind_of(path: Path) -> Kind:
     return suffix  # type: ignore[return-value]
 
 
-def pieces_of(path: Path, text_key: str | None) -> Iterator[Piece]:
+def tasks_of(path: Path, text_key: str | None) -> Iterator[Task]:
     """The tasks of a file, in order. Raises UserError for a json file that is not a list."""
     kind = kind_of(path)
     if kind == "json":
-        yield from _json_pieces(path, text_key)
+        yield from _json_tasks(path, text_key)
         return
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -62,26 +62,26 @@ def pieces_of(path: Path, text_key: str | None) -> Iterator[Piece]:
             file.seek(start + PIECE_BYTES)
             file.readline()
             end = min(file.tell(), size)
-            yield Piece(str(path), kind, start, end - start)
+            yield Task(str(path), kind, start, end - start)
             start = end
 
 
-def texts_of(piece: Piece, text_key: str | None) -> list[str]:
-    """The texts of a piece. Raises UserError naming file and line."""
-    if piece.kind == "json":
-        return list(piece.texts)
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        data = file.read(piece.size)
+def texts_of(task: Task, text_key: str | None) -> list[str]:
+    """The texts of a task. Raises UserError naming file and line."""
+    if task.kind == "json":
+        return list(task.texts)
+    with open(task.path, "rb") as file:
+        file.seek(task.start)
+        data = file.read(task.size)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        number = line_number(piece, data[: error.start].count(b"\n"))
-        raise UserError(f"{piece.path}, line {number}: not UTF-8 ({error.reason}).") from error
+        number = line_number(task, data[: error.start].count(b"\n"))
+        raise UserError(f"{task.path}, line {number}: not UTF-8 ({error.reason}).") from error
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
-    if piece.kind == "txt":
+    if task.kind == "txt":
         return [stripped for line in lines if (stripped := line.strip())]
     if text_key is None:
         return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
@@ -90,15 +90,15 @@ def texts_of(piece: Piece, text_key: str | None) -> list[str]:
         if line.strip():
             value, problem = _value(line, text_key)
             if problem:
-                raise UserError(f"{piece.path}, line {line_number(piece, number)}: {problem}")
+                raise UserError(f"{task.path}, line {line_number(task, number)}: {problem}")
             texts.append(value)
     return texts
 
 
-def line_number(piece: Piece, index: int) -> int:
-    """The number in the file, from 1, of line `index` of the piece; read again, as it is needed for errors only."""
-    before, left = 0, piece.start
-    with open(piece.path, "rb") as file:
+def line_number(task: Task, index: int) -> int:
+    """The number in the file, from 1, of line `index` of the task; read again, as it is needed for errors only."""
+    before, left = 0, task.start
+    with open(task.path, "rb") as file:
         while left > 0:
             data = file.read(min(left, PIECE_BYTES))
             before += data.count(b"\n")
@@ -117,7 +117,7 @@ def _value(line: str, text_key: str) -> tuple[str, str]:
     return element[text_key], ""
 
 
-def _json_pieces(path: Path, text_key: str | None) -> Iterator[Piece]:
+def _json_tasks(path: Path, text_key: str | None) -> Iterator[Task]:
     texts: list[str] = []
     weight = done = first = 0
     for number, (element, end) in enumerate(json_elements(path)):
@@ -129,9 +129,9 @@ def _json_pieces(path: Path, text_key: str | None) -> Iterator[Piece]:
             raise UserError(f'{path}, element {number + 1}: expected an object with a string under "{text_key}".')
         weight += len(texts[-1])
         if weight >= PIECE_BYTES:
-            yield Piece(str(path), "json", done, end - done, tuple(texts), first)
+            yield Task(str(path), "json", done, end - done, tuple(texts), first)
             texts, weight, done, first = [], 0, end, number + 1
-    yield Piece(str(path), "json", done, path.stat().st_size - done, tuple(texts), first)
+    yield Task(str(path), "json", done, path.stat().st_size - done, tuple(texts), first)
 
 
 def json_elements(path: Path) -> Iterator[tuple[Any, int]]:
@@ -173,7 +173,7 @@ def _read(file: TextIO, size: int) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples of one piece, in decimal ids: sample i is `ids[i]`, for example "1, 22, 333"."""
+    """The samples of one task, in decimal ids: sample i is `ids[i]`, for example "1, 22, 333"."""
 
     ids: list[str]
     end: int  # bytes of the input read so far
@@ -182,20 +182,20 @@ class Encoded:
 
 def encode_file(path: Path, recipe: Recipe, num_workers: int) -> Iterator[Encoded]:
     """All samples of a text file, in order. With one worker everything happens in this process."""
-    yield from in_processes(pieces_of(path, recipe.text_key), partial(_piece_encoder, recipe), num_workers)
+    yield from in_processes(tasks_of(path, recipe.text_key), partial(_task_encoder, recipe), num_workers)
 
 
-def _piece_encoder(recipe: Recipe) -> Callable[[Piece], Encoded]:
+def _task_encoder(recipe: Recipe) -> Callable[[Task], Encoded]:
     encoder = Encoder(recipe)
-    return lambda piece: Encoded(encoder.encode(texts_of(piece, recipe.text_key)), piece.end)
+    return lambda task: Encoded(encoder.encode(texts_of(task, recipe.text_key)), task.end)
 
 
 def in_processes(
-    pieces: Iterator[Piece], make: Callable[[], Callable[[Piece], Encoded]], num_workers: int
+    tasks: Iterator[Task], make: Callable[[], Callable[[Task], Encoded]], num_workers: int
 ) -> Iterator[Encoded]:
-    """Applies the function that `make` returns to each piece, in order; every process calls `make` once."""
+    """Applies the function that `make` returns to each task, in order; every process calls `make` once."""
     if num_workers <= 1:
-        yield from map(make(), pieces)
+        yield from map(make(), tasks)
         return
     # A fork inherits what is loaded; beside the threads of a training process it is not safe.
     method = "spawn" if "torch" in sys.modules else "fork"
@@ -203,8 +203,8 @@ def in_processes(
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(make,)) as pool:
         running: deque[Future[Encoded]] = deque()
         try:
-            for piece in pieces:
-                running.append(pool.submit(_encode_piece, piece))
+            for task in tasks:
+                running.append(pool.submit(_encode_task, task))
                 if len(running) >= 3 * num_workers:
                     yield running.popleft().result()
             while running:
@@ -213,14 +213,14 @@ def in_processes(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_encode: Callable[[Piece], Encoded] | None = None  # of this process
+_encode: Callable[[Task], Encoded] | None = None  # of this process
 
 
-def _start(make: Callable[[], Callable[[Piece], Encoded]]) -> None:
+def _start(make: Callable[[], Callable[[Task], Encoded]]) -> None:
     global _encode
     _encode = make()
 
 
-def _encode_piece(piece: Piece) -> Encoded:
+def _encode_task(task: Task) -> Encoded:
     assert _encode is not None
-    return _encode(piece)
+    return _encode(task)

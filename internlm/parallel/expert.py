@@ -144,16 +144,16 @@ def _exchanged(group: Group, compute: Callable[[Tensor, Tensor], Tensor], rows: 
     sent = counts.view(group.size(), -1)  # [ranks, experts of each]
     received = all_to_all(sent, group)
     sends, receives = torch.stack((sent.sum(1), received.sum(1))).tolist()
-    arrived = _Exchange.apply(rows, group, sends, receives)  # by rank of origin, then by expert
+    arrived = _AllToAll.apply(rows, group, sends, receives)  # by rank of origin, then by expert
     num_experts = received.shape[1]
     experts = torch.arange(num_experts, device=rows.device).repeat(group.size())
     order = experts.repeat_interleave(received.flatten(), output_size=len(arrived)).argsort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     outputs = compute(permuted(arrived, order, places), received.sum(0))
-    return _Exchange.apply(permuted(outputs, places, order), group, receives, sends)
+    return _AllToAll.apply(permuted(outputs, places, order), group, receives, sends)
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """Rows [rows, hidden] to other ranks, `sends[r]` of them to rank r, and `receives[r]` from it."""
 
     @staticmethod
