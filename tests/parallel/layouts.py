@@ -44,7 +44,7 @@ MOE: dict[str, Any] = {
 # Kinds of layouts of a dense model, whose embedding a pipeline has at both ends, and of one with experts.
 DENSE: dict[str, Layout] = {
     "one": Layout(1, {}, TIED),
-    "zero1": Layout(4, zero(1, 1, 4), TIED),
+    "dualpipev-msp2": Layout(4, {**pipeline(2, "dualpipev"), **tensor(2, "msp")}, TIED),
     "pp2-interleaved": Layout(2, pipeline(2, "interleaved"), {"model": {**TIED["model"], **CHUNKS["model"]}}),
     "zero3": Layout(4, zero(4, 4, 4), TIED),
     "mtp2": Layout(2, tensor(2), TIED),
