@@ -18,7 +18,8 @@ which only the choice sees, falls for experts with more than their share and ris
 
 With a capacity factor an expert keeps at most that many times its fair share of a row, T k / E, in training: the
 assignments of highest score, as in batch prioritized routing (Riquelme et al., 2021); the others are dropped, and a
-token's weights are normalised over what is kept.
+token's weights are normalised over what is kept. Documents that begin alike have tokens that score alike but for
+rounding, which every layout does otherwise: scores are compared in 11 bits, and of equals the earlier token goes first.
 
 How a row lies on several ranks and where experts live isn't known here: `parallel/expert.py` replaces `MoE.row` and the
 experts' forward.
@@ -126,7 +127,7 @@ class Router(nn.Module):
         experts, scores = row.gather(chosen), row.gather(weights)
         assert self.config.capacity_factor is not None
         capacity = max(ceil(experts.numel() / self.num_experts * self.config.capacity_factor), self.config.min_capacity)
-        by_score = scores.flatten().argsort(descending=True, stable=True)
+        by_score = scores.flatten().half().argsort(descending=True, stable=True)
         order = by_score[experts.flatten()[by_score].argsort(stable=True)]  # by expert, then by falling score
         counts = _count(experts, self.num_experts)
         starts = counts.cumsum(0) - counts

@@ -126,6 +126,15 @@ def test_experts_keep_their_best_tokens(factor: float, smallest: int, top_k: int
     torch.testing.assert_close(layer(x), by_hand(layer, x), rtol=1e-6, atol=1e-6)  # nothing is dropped
 
 
+def test_of_tokens_that_are_alike_experts_keep_the_first() -> None:
+    """Other layouts round otherwise, and must drop the same ones: here each scores a bit higher than those before."""
+    layer = layer_of(moe_config({"top_k": 1, "capacity_factor": 0.5, "min_capacity": 1}))
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)) * (1 + 1e-6 * torch.arange(10.0)[:, None])
+    routes, _ = layer.router(x, RowPart())
+    assert routes.kept is not None and len(routes.experts.unique()) == 1
+    assert routes.kept.flatten().tolist() == [True] + [False] * 9
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
