@@ -116,10 +116,10 @@ def _unit_bytes(config: Config, layout: UnitLayout, axes: Axes) -> tuple[int, in
 
 def saved_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> float:
     """Bytes that autograd keeps of one token of a row in one block that is not recomputed, on one of `tensor` ranks."""
-    saved = around_feed_forward(model, tensor, mode) + inside_feed_forward(model) / tensor
+    saved = around_feed_forward(model, tensor, mode) + inside_feed_forward(model, tensor, mode) / tensor
     if _dense_width(model):
         return saved
-    # nothing keeps a layer's input itself, but the router its copy of it and experts their rows
+    # nothing but the router keeps a layer's input, which is counted there; experts keep their rows of it
     return saved - model.hidden_size * torch_dtype(model.dtype).itemsize / (tensor if mode == "fsp" else 1)
 
 
@@ -143,11 +143,11 @@ def normed_per_token(model: ModelConfig) -> int:
     return 2 * model.hidden_size * torch_dtype(model.dtype).itemsize
 
 
-def inside_feed_forward(model: ModelConfig) -> int:
-    """Bytes that autograd keeps of one token inside a feed-forward layer: gate, up and product of the dense part, and
-    what routed experts need."""
+def inside_feed_forward(model: ModelConfig, tensor: int = 1, mode: str = "mtp") -> int:
+    """Bytes that autograd keeps of one token inside a feed-forward layer, on all of `tensor` ranks together: gate, up
+    and product of the dense part, and what routed experts need."""
     item = torch_dtype(model.dtype).itemsize
-    return 3 * _dense_width(model) * item + _routed_per_token(model, item)
+    return 3 * _dense_width(model) * item + _routed_per_token(model, item, tensor, mode)
 
 
 def _dense_width(model: ModelConfig) -> int:
@@ -155,16 +155,24 @@ def _dense_width(model: ModelConfig) -> int:
     return model.ffn_size if model.num_experts == 1 else model.moe.num_shared_experts * model.expert_size
 
 
-def _routed_per_token(model: ModelConfig, item: int) -> int:
+def _routed_per_token(model: ModelConfig, item: int, tensor: int, mode: str) -> int:
     """What autograd keeps of a token that goes to experts; each is routed on one of the tensor ranks."""
     if model.num_experts == 1:
         return 0
     hidden, top_k = model.hidden_size, model.moe.top_k
-    router = 2 * model.num_experts * 4  # logits and scores
-    if not model.moe.num_shared_experts or item < 4:
-        router += hidden * (4 if model.moe.router_fp32 else item)  # its input, unless shared experts keep the same
+    router = 2 * model.num_experts * 4 + _router_input(model, item, tensor, mode)  # logits and scores
     choices = top_k * (3 * 8 + 3 * 4)  # experts and places, weights
     return router + choices + top_k * (2 * hidden + 3 * model.expert_size) * item  # rows in and out, gate, up, product
+
+
+def _router_input(model: ModelConfig, item: int, tensor: int, mode: str) -> int:
+    """What the router keeps of its input for itself."""
+    if item < 4 and model.moe.router_fp32:
+        return model.hidden_size * 4  # a copy
+    if model.moe.num_shared_experts and (mode != "msp" or tensor == 1):
+        return 0  # shared experts keep the same; in msp theirs is gathered
+    # in mtp each rank's part of the tokens is a view, which keeps those of all
+    return model.hidden_size * item * (tensor if mode == "mtp" else 1)
 
 
 def selected_per_token(model: ModelConfig, tensor: int = 1, mode: str = "mtp", ring: int = 1) -> float:
@@ -192,7 +200,7 @@ def _activations(config: Config, mesh: Mesh) -> int:
     stream = model.hidden_size * item / (1 if mode == "mtp" else tensor)
     selected = selected_per_token(model, tensor, mode, mesh.sizes["ring"])
 
-    around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model) / tensor
+    around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model, tensor, mode) / tensor
     if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:  # whatever this machine is
         around -= normed_per_token(model)
 
