@@ -114,7 +114,7 @@ class Scorer:
 
 def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
     """The object that `lm_eval.simple_evaluate(model=...)` takes. Raises UserError where lm_eval is missing."""
-    lm_eval = _lm_eval()
+    _lm_eval()
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -170,7 +170,6 @@ def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
                     found[index] = text
             return found
 
-    assert lm_eval is not None
     return InternLM()
 
 
@@ -238,6 +237,7 @@ def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: An
 
 
 def _lm_eval() -> Any:
+    """The package. Raises UserError where it is missing."""
     try:
         import lm_eval
     except ImportError as error:
