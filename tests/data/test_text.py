@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from internlm.data import encoder as encoder_module
 from internlm.data import text as text_module
 from internlm.data import tokenize
 from internlm.data.encoder import Cutter, Encoder, Recipe, load_model
@@ -48,17 +49,25 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def odd_texts(count: int) -> list[str]:
     random = np.random.default_rng(0)
-    parts = ["abc", "de", "fgh", "x", " ", " ", " ", "  ", "\t", "\n", "é", "中文", "▁", "<s>", "\u3000", "0", "."]
-    parts += ["a" * 40, "\u2028", "hij", "ab", "▁▁"]
-    return ["".join(random.choice(parts, int(n))) for n in random.integers(0, 25, count)]
+    parts = [
+        *["abc", "de", "fgh", "hij", "ab", "x", "0", ".", "),", "é", "é", "ﬁ", "中文", "😀", "<s>", "▁", "▁▁", "\x7f"],
+        "a" * 40,
+        "#" * 90,
+    ]
+    parts += [" ", " ", " ", "  ", "\t", "\n", "\u3000", "\u2028", "\0", "\x01", "\x02"]
+    rare = {"▁", "▁▁", "\x01", "\x02"}  # texts with these are encoded whole
+    weights = np.array([0.2 if part in rare else 1.0 for part in parts])
+    return ["".join(random.choice(parts, int(n), p=weights / weights.sum())) for n in random.integers(0, 25, count)]
 
 
 SETTINGS = [
     {**PLAIN, "add_dummy_prefix": True},
     {**PLAIN, "add_dummy_prefix": False},
-    {**PLAIN, "user_defined_symbols": ["hij", "<sep>"]},
-    {**PLAIN, "split_by_whitespace": False},
+    {**PLAIN, "user_defined_symbols": ["hij", "<sep>", "x", "é.", "\n\n"]},
+    {**PLAIN, "split_by_whitespace": False, "vocab_size": 500},
     {**PLAIN, "user_defined_symbols": ["de fgh"]},
+    {**PLAIN, "byte_fallback": False},  # unknown characters in a row are one id
+    {**PLAIN, "user_defined_symbols": ["\x01a"]},
     {},
     {"model_type": "unigram"},
 ]
@@ -69,18 +78,24 @@ def test_encoder_equals_sentencepiece(tmp_path: Path, number: int) -> None:
     model = train_tokenizer(tmp_path, **SETTINGS[number])
     assert (Cutter.of(load_model(str(model))) is not None) == (number < 4)
     encoder = Encoder(Recipe(str(model)))
-    for texts in (odd_texts(2000), odd_texts(100)):  # the second time from memory
+    for texts in (odd_texts(2000), odd_texts(100), [], [""], ["", ""]):  # the second time from memory
         expected = [str(ids)[1:-1] for ids in ids_of(model, texts)]
         assert encoder.encode(texts) == expected
 
 
-@pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="the InternLM tokenizer is not here")
-def test_encoder_equals_sentencepiece_on_the_real_tokenizer() -> None:
-    encoder = Encoder(Recipe(str(REAL_TOKENIZER)))
+@pytest.mark.parametrize("name", ["tokenizer_internlm.model", "tokenizer_internlm2.model"])
+def test_encoder_equals_sentencepiece_on_the_real_tokenizers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = REAL_TOKENIZER.with_name(name)
+    if not model.exists():
+        pytest.skip(f"{name} is not here")
+    monkeypatch.setattr(encoder_module, "MAX_WORDS", 500)  # many are forgotten and come back
+    encoder = Encoder(Recipe(str(model)))
     assert Cutter.of(encoder.model) is not None
-    texts = odd_texts(3000) + Path(__file__).read_text().splitlines(keepends=True)
-    texts += [" ".join(Path(__file__).read_text().split()), "<eoh> <eoa>x <eoa>", "\0 \0"]
-    assert encoder.encode(texts) == [str(ids)[1:-1] for ids in ids_of(REAL_TOKENIZER, texts)]
+    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = odd_texts(3000) + sources[0].splitlines(keepends=True) + sources
+    texts += [" ".join(sources[0].split()), "<eoh> <eoa>x <eoa>", "\0 \0", "Привет, мир (und Grüße): 你好，世界。"]
+    expected = [str(ids)[1:-1] for ids in ids_of(model, texts)]
+    assert [ids for at in range(0, len(texts), 50) for ids in encoder.encode(texts[at : at + 50])] == expected
 
 
 def test_txt_tool(tmp_path: Path, tokenizer: Path) -> None:
