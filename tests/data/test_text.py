@@ -49,12 +49,8 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def odd_texts(count: int) -> list[str]:
     random = np.random.default_rng(0)
-    parts = [
-        *["abc", "de", "fgh", "hij", "ab", "x", "0", ".", "),", "é", "é", "ﬁ", "中文", "😀", "<s>", "▁", "▁▁", "\x7f"],
-        "a" * 40,
-        "#" * 90,
-    ]
-    parts += [" ", " ", " ", "  ", "\t", "\n", "\u3000", "\u2028", "\0", "\x01", "\x02"]
+    parts = ["abc", "de", "fgh", "hij", "ab", "x", "0", ".", "),", "é", "e\u0301", "ﬁ", "中文", "😀", "<s>", "▁", "▁▁"]
+    parts += [" ", " ", " ", "  ", "\t", "\n", "\u3000", "\u2028", "\0", "\x01", "\x02", "\x7f", "a" * 40, "#" * 90]
     rare = {"▁", "▁▁", "\x01", "\x02"}  # texts with these are encoded whole
     weights = np.array([0.2 if part in rare else 1.0 for part in parts])
     return ["".join(random.choice(parts, int(n), p=weights / weights.sum())) for n in random.integers(0, 25, count)]
