@@ -6,12 +6,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.uname().sysname == "Linux" else "lo0")  # asks no name server
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # tests' servers are not behind a proxy
 
 import inspect
 import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import sentencepiece
 import torch
@@ -21,6 +25,14 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Which tests came before in this process depends on how fast the other one is."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
 
 
 def uses_the_pool(item: pytest.Item) -> bool:

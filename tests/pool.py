@@ -97,6 +97,7 @@ def _serve(pipe: Connection) -> None:
             rank, world_size, store, fn, args = pipe.recv()
         except EOFError:
             return
+        torch.manual_seed(0)  # whatever was run before
         freeze()  # what was imported by now: collecting it again after every call costs a quarter of a second
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

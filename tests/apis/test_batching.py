@@ -42,7 +42,7 @@ def test_together_as_alone(model: Transformer, num_rows: int) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(120)
     assert found == expected
 
 
@@ -86,7 +86,7 @@ def test_who_left_gives_his_place_back(model: Transformer) -> None:
         reader = threading.Thread(target=lambda: found.append(list(waiting)))
         reader.start()
         waiting.close()
-        reader.join(10)
+        reader.join(60)
         assert found == [[]]
         batcher.stream([3], 3).close()  # there is a place
 

@@ -41,12 +41,15 @@ while not os.path.exists("up"):
 """
 
 
-@pytest.mark.parametrize(("more", "error"), [("", None), ("time.sleep(60)", "ended after 1 s")])
-def test_time_is_limited_and_no_process_outlives_the_code(more: str, error: str | None) -> None:
+@pytest.mark.parametrize(("more", "limits"), [("", [30]), ("time.sleep(60)", [1, 5, 25])])
+def test_time_is_limited_and_no_process_outlives_the_code(more: str, limits: list[int]) -> None:
     """Not one in a session of its own either, whose parent is gone."""
-    start = time.monotonic()
-    result = run_python(DAEMON + more, seconds=1)
-    assert result.error == error and time.monotonic() - start < 10
+    for seconds in limits:  # a busy machine may need more of them until the daemon is up
+        start = time.monotonic()
+        result = run_python(DAEMON + more, seconds)
+        assert result.error == (f"ended after {seconds} s" if more else None) and time.monotonic() - start < 50
+        if result.output:
+            break
     with pytest.raises(ProcessLookupError):
         os.kill(int(result.output), 0)
 

@@ -93,14 +93,8 @@ Sampling.choose = lambda *given: (time.sleep(0.02), choose(*given))[1]
 """
 
 
-@pytest.fixture(scope="module")
-def address(repo_root: Path, chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A served page, started from another folder as a user might."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("web")
-    (folder / "sitecustomize.py").write_text(SLOW)
+def started(port: int, folder: Path, repo_root: Path, chat_folder: Path) -> subprocess.Popen[bytes] | None:
+    """A server of the page that answers, or None where another process has the port by now."""
     command = [sys.executable, "-m", "streamlit", "run", str(repo_root / "web_demo.py"), "--server.port", str(port)]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
@@ -110,19 +104,35 @@ def address(repo_root: Path, chat_folder: Path, tmp_path_factory: pytest.TempPat
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    url = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + 300
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=10)
+            return server
+        except OSError:
+            time.sleep(0.2)
+    server.kill()
+    server.wait()
+    told = (folder / "log").read_text()
+    assert f"Port {port} is not available" in told, told
+    return None
+
+
+@pytest.fixture(scope="module")
+def address(repo_root: Path, chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A served page, started from another folder as a user might."""
+    folder, server = tmp_path_factory.mktemp("web"), None
+    (folder / "sitecustomize.py").write_text(SLOW)
+    while server is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = started(port, folder, repo_root, chat_folder)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.2)
-        yield url
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
     assert "Traceback" not in (folder / "log").read_text()
 
 

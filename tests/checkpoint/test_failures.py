@@ -11,7 +11,7 @@ from internlm.utils.errors import UserError
 from tests.checkpoint.fake import FakeRun, full, make_config, saved
 from tests.pool import run_ranks
 
-RANK_TIMEOUT = 5.0  # far longer than the tests, and than any of them may take
+RANK_TIMEOUT = 120.0  # far longer than the tests, and than any of them may take
 
 
 def save_onto_a_full_disk(rank: int, world_size: int, folder: Path, full_rank: int, at_once: bool) -> tuple[str, float]:

@@ -23,7 +23,7 @@ from tests.utils.holder import held
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def run_of(folder: Path, optimizer: FakeOptimizer | None = None, timeout: float = 10.0, **keys: Any) -> FakeRun:
+def run_of(folder: Path, optimizer: FakeOptimizer | None = None, timeout: float = 60.0, **keys: Any) -> FakeRun:
     return FakeRun(folder, make_config(**keys), optimizer, rank_timeout=timeout)
 
 
@@ -174,7 +174,7 @@ def test_a_second_signal_does_not_end_the_last_save(tmp_path: Path, monkeypatch:
     closing, ended = threading.Event(), []
 
     def signalled(part: Any) -> None:
-        assert closing.wait(10)
+        assert closing.wait(60)
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         write_rank(part)
@@ -198,15 +198,15 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     gate = threading.Event()
 
     def slow(part: Any) -> None:
-        gate.wait(10)
+        gate.wait(60)
         write_rank(part)
 
     monkeypatch.setattr(checkpointer_module, "write_rank", slow)
     run = run_of(tmp_path, checkpoint_every=2)
     run.train(3)
     assert run.optimizer.values() == {3.0} and not (tmp_path / "checkpoints/2").exists()
-    threading.Timer(0.2, gate.set).start()
     start = time.monotonic()
+    threading.Timer(0.2, gate.set).start()
     run.train(1)
     assert time.monotonic() - start > 0.1 and (tmp_path / "checkpoints/2").exists()
     run.checkpointer.close()
@@ -287,7 +287,7 @@ def test_object_store(tmp_path: Path) -> None:
 
 def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", 0.02)
-    monkeypatch.setattr(lease, "SILENCE", 0.5)
+    monkeypatch.setattr(lease, "SILENCE", 30)  # two looks at a beat are a sixtieth of it apart
     url = f"memory://{tmp_path.name}/ckpt"
     first = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)
     with pytest.raises(UserError, match=rf"ckpt.save_ckpt_folder = '{url}' is in use by process {os.getpid()} on "):
@@ -300,7 +300,7 @@ def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: py
         with store.writer(lease.NAME) as write:
             write(part)
         held.check()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while held.mine["token"].encode() not in store.read(lease.NAME):
             assert time.monotonic() < deadline, "it is written again"
             time.sleep(0.01)
@@ -308,6 +308,7 @@ def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: py
     first.checkpointer.wait()
     held._end.set()  # from now on it is as still as a killed run
     held._thread.join()
+    monkeypatch.setattr(lease, "SILENCE", 0.1)
     second = run_of(tmp_path, save_ckpt_folder=url, checkpoint_every=1)
     second.checkpointer.resume()
     assert second.state.step_count == 2
@@ -318,7 +319,7 @@ def test_a_folder_of_an_object_store_has_one_run(tmp_path: Path, monkeypatch: py
         first.train(1)
     with pytest.raises(UserError, match="was taken by"):  # also while a save is under way
         write_rank(first.checkpointer._part)
-        commit(first.checkpointer._part, 10, held.check)
+        commit(first.checkpointer._part, 60, held.check)
     first.checkpointer.close()
     assert second.checkpointer.storages["normal"].read("3/manifest.json") == before
     assert lease.NAME in second.checkpointer.storages["normal"].names()

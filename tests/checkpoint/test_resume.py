@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.checkpoint.runs import Chain, contents, global_tensors, random_states, resave, run_config, train
 from tests.pool import run_ranks
@@ -167,14 +170,14 @@ ckpt = dict(checkpoint_every=15)
 """
 
 
-def start_train_py(config: Path, run_dir: Path, root: Path) -> list[subprocess.Popen[str]]:
-    """Two ranks of train.py, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+@contextmanager
+def train_py(config: Path, run_dir: Path, root: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks of train.py, as torchrun starts them: they meet in its store. Killed at the end."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     command = [sys.executable, "train.py", "--config", str(config), "--run_dir", str(run_dir)]
-    return [
+    ranks = [
         subprocess.Popen(
             command,
             cwd=root,
@@ -185,25 +188,35 @@ def start_train_py(config: Path, run_dir: Path, root: Path) -> list[subprocess.P
         )
         for rank in range(2)
     ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def kill_on_the_way(config: Path, run_dir: Path, root: Path) -> bool:
+    """Starts train.py and kills both ranks after the first checkpoint; whether they were still training then."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    deadline = time.monotonic() + 600
+    with train_py(config, run_dir, root) as job:
+        while not (run_dir / "checkpoints/15").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    outputs = [rank.communicate()[0] for rank in job]
+    last = max((int(path.name) for path in run_dir.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    assert last >= 15, outputs
+    return last < 60 and [rank.returncode for rank in job] == [-signal.SIGKILL] * 2
 
 
 def test_kill_9_of_all_ranks(tmp_path: Path, repo_root: Path) -> None:
     """60 steps at once, and 60 steps with a SIGKILL of all ranks on the way, end in the same bits."""
     config = tmp_path / "tiny.py"
     config.write_text(CONFIG)
-    killed = start_train_py(config, tmp_path / "killed", repo_root)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed/checkpoints/15").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    for rank in killed:
-        rank.kill()
-    outputs = [rank.communicate()[0] for rank in killed]
-    assert [rank.returncode for rank in killed] == [-signal.SIGKILL, -signal.SIGKILL], outputs
-    last = max(int(path.name) for path in (tmp_path / "killed/checkpoints").iterdir() if path.name.isdigit())
-    assert 15 <= last < 60, "the job was to be killed on its way"
+    # On a busy machine the kill may come too late.
+    assert any(kill_on_the_way(config, tmp_path / "killed", repo_root) for _ in range(10))
     for run_dir in (tmp_path / "killed", tmp_path / "whole"):
-        job = start_train_py(config, run_dir, repo_root)
-        outputs = [rank.communicate(timeout=180)[0] for rank in job]
+        with train_py(config, run_dir, repo_root) as job:
+            outputs = [rank.communicate(timeout=900)[0] for rank in job]
         assert [rank.returncode for rank in job] == [0, 0], outputs
     assert contents(tmp_path / "killed/checkpoints/60") == contents(tmp_path / "whole/checkpoints/60")
     losses = []

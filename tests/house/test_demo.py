@@ -25,7 +25,7 @@ def test_demo_goes_all_the_way(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--run_dir", str(run_dir), *SMALL]
     done = subprocess.run(
-        command, env=environment(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command, env=environment(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-4000:]
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))

@@ -125,7 +125,7 @@ def test_the_watchdog_says_where_a_stuck_rank_is(caplog):
     told = threading.Event()
     dog = Watchdog(0.05, lambda text: told.set())
     with caplog.at_level(logging.WARNING):
-        assert told.wait(10), "a step that doesn't end is noticed"
+        assert told.wait(60), "a step that doesn't end is noticed"
     dog.close()
     assert "test_the_watchdog_says_where_a_stuck_rank_is" in caplog.text
 

@@ -95,7 +95,7 @@ class Recorder:
         if name == self.until:
             self.reached.set()
         if name == self.held and self.events.count(name) == self.count:
-            self.in_time.append(self.reached.wait(5.0))
+            self.in_time.append(self.reached.wait(60))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "reached": None}

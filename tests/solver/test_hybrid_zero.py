@@ -176,7 +176,7 @@ def run_held_back(rank: int, world_size: int, chain: Chain, sections: dict[str, 
         if f"{event} {unit}" == until:
             reached.set()
         if f"{event} {unit}" == held:
-            outcomes.append(reached.wait(0.1 if sections else 2.0))
+            outcomes.append(reached.wait(0.1 if sections else 60))
 
     model, engine = build_engine(make_config(chain, **{"model": {"num_layers": 4}, **sections}), mesh, trace)
     for step in range(2):

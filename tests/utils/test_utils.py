@@ -92,7 +92,7 @@ def test_cpu_peak_is_measured_once_and_said(capsys: pytest.CaptureFixture[str]) 
     peak_flops.cache_clear()
     cpu = torch.device("cpu")
     first = peak_flops(cpu, torch.float32)
-    assert 1e8 < first < 1e15
+    assert 1e6 < first < 1e15
     assert peak_flops(cpu, torch.float32) == first
     assert capsys.readouterr().out.count("by a matrix product") == 1
 
@@ -100,7 +100,7 @@ def test_cpu_peak_is_measured_once_and_said(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_measuring_the_peak_takes_no_time_to_speak_of(dtype: torch.dtype) -> None:
     start = time.process_time()
-    assert _measure_peak(torch.device("cpu"), dtype) > 1e8
+    assert _measure_peak(torch.device("cpu"), dtype) > 1e6
     assert time.process_time() - start < 2  # CPU seconds; without 16-bit units, one product of size 1024 takes 2
 
 
@@ -115,16 +115,20 @@ def test_cpu_memory_is_a_peak_in_bytes() -> None:
 
 
 def test_timers_measure_seconds() -> None:
+    start = time.perf_counter()
     with Timer() as timer:
         time.sleep(0.02)
+    most = time.perf_counter() - start
     stopped = timer.seconds
     time.sleep(0.01)
-    assert 0.02 <= stopped == timer.seconds < 0.5
+    assert 0.02 <= stopped == timer.seconds <= most
+    start = time.perf_counter()
     running = Timer()
     time.sleep(0.02)
-    assert running.lap() >= 0.02 > running.seconds
-    device_timer = DeviceTimer(torch.device("cpu"))
+    lap = running.lap()
+    assert lap >= 0.02 and lap + running.seconds <= time.perf_counter() - start
+    device_timer, start = DeviceTimer(torch.device("cpu")), time.perf_counter()
     device_timer.start()
     time.sleep(0.02)
     device_timer.stop()
-    assert 0.02 <= device_timer.seconds < 0.5
+    assert 0.02 <= device_timer.seconds <= time.perf_counter() - start
