@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-for-demo
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Downloads break off: three tries, of which the later ones find in pip's cache what came through before.
+install = for try in 1 2 3; do $(BIN)/python -m pip --disable-pip-version-check install $(1) && exit; done; exit 1
 # What only GPUs use is left out: no test here can run it, and its newest releases bring 500 MB along.
 REQUIREMENTS := $(filter-out requirements/gpu.txt,$(wildcard requirements/*.txt))
 DEMO_REQUIREMENTS := $(foreach name,runtime export tensorboard plot,requirements/$(name).txt)
@@ -56,11 +57,11 @@ $(BIN)/pip:
 # torch first and pinned: a range would take the newest release, tested or not.
 $(DEMO_STAMP): $(DEMO_REQUIREMENTS) requirements/constraints.txt setup.py pyproject.toml | $(BIN)/pip
 	@echo "installing requirements into $(VENV) (only when they changed; torch is some 200 MB on a CPU)"
-	$(PIP) install "$(TORCH)"
-	$(PIP) install -c requirements/constraints.txt "$(TORCH)" "setuptools>=77" $(DEMO_REQUIREMENTS:%=-r %)
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(call install,"$(TORCH)")
+	$(call install,-c requirements/constraints.txt "$(TORCH)" "setuptools>=77" $(DEMO_REQUIREMENTS:%=-r %))
+	$(call install,--no-deps --no-build-isolation -e .)
 	@touch $@
 
 $(STAMP): $(REQUIREMENTS) $(DEMO_STAMP)
-	$(PIP) install -c requirements/constraints.txt "$(TORCH)" $(patsubst %,-r %,$(filter-out %constraints.txt,$(REQUIREMENTS)))
+	$(call install,-c requirements/constraints.txt "$(TORCH)" $(patsubst %,-r %,$(filter-out %constraints.txt,$(REQUIREMENTS))))
 	@touch $@
