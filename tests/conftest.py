@@ -1,7 +1,11 @@
 """What all tests share: thread limits, a tiny tokenizer, the `gpu` marker, the order of parallel runs."""
 
 import os
+import tempfile
 
+if not os.access(os.path.expanduser("~"), os.W_OK):  # where libraries keep what they have downloaded or compiled
+    _home = tempfile.TemporaryDirectory()  # of all processes of the run, until it ends
+    os.environ["HOME"] = _home.name
 # Before torch starts its threads: workers of multi-rank tests share the cores with this process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
