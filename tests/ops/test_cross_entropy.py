@@ -42,7 +42,7 @@ def test_loss_and_gradients_equal_torch(smoothing, upstream):
     grads = torch.autograd.grad(out.loss_sum * upstream, (hidden, weight))
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def test_weighted_tokens_equal_torch():
@@ -54,7 +54,7 @@ def test_weighted_tokens_equal_torch():
     torch.testing.assert_close(out.token_losses, each.detach(), rtol=1e-5, atol=1e-6)
     grads = torch.autograd.grad(out.loss_sum, (hidden, weight))
     for ours, theirs in zip(grads, torch.autograd.grad(each @ weights, (hidden, weight)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def test_token_losses_and_predictions():
@@ -88,7 +88,7 @@ def test_only_wanted_gradients():
     out = linear_cross_entropy(hidden, weight.detach(), labels)
     (grad,) = torch.autograd.grad(out.loss_sum, hidden)
     (expected,) = torch.autograd.grad(by_torch(hidden, weight, labels, 0.0), hidden)
-    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=5e-6)
 
 
 def test_no_gradient_work_without_need(monkeypatch):
