@@ -62,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = evaluated(trainer.steps(), model, optimizer, config, mesh)
         if args.profiling:
             reports = traced(reports, run_dir / "traces", world.rank)
-        with Monitor(config, run_dir, world.rank, start_step=state.batch_count, ranks=mesh.world_group) as monitor:
+        monitor = Monitor(config, run_dir, world.rank, start_step=state.batch_count, ranks=mesh.world_group)
+        with monitor, checkpointer:
             for report in reports:
                 monitor.report(report)
                 checkpointer.after_step(report)
                 if checkpointer.should_stop:
                     monitor.stop_reason = checkpointer.stop_reason
                     break
-            checkpointer.close()
     return EXIT_SIGTERM if checkpointer.stop_reason == "SIGTERM" else 0
 
 

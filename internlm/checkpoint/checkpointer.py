@@ -2,7 +2,9 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Literal
 
 from internlm.checkpoint.commit import (
@@ -19,7 +21,7 @@ from internlm.checkpoint.control import Control
 from internlm.checkpoint.lease import Lease, claim_folder
 from internlm.checkpoint.loading import Loader, rng_file
 from internlm.checkpoint.shards import HostCopy, metadata_of
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import Storage, patiently
 from internlm.checkpoint.triggers import Signals, StopFile, new_token
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
@@ -35,6 +37,7 @@ logger = get_logger(__name__)
 Kind = Literal["normal", "snapshot"]
 RANK_TIMEOUT = 1800.0  # seconds that rank 0 waits for the files of the slowest rank
 LAST_WORDS = 10.0  # seconds that a failed save has to notice it
+LAST_SAVE = 60.0  # seconds that a run which ends by an error waits for the save under way
 
 
 class Checkpointer:
@@ -166,6 +169,19 @@ class Checkpointer:
             discard(self._part)
         raise UserError("a checkpoint could not be saved:\n" + "\n".join(failures)) from error
 
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Closes; after an error, which other ranks may know nothing of, the save under way is ended without them."""
+        if kind is None:
+            self.close()
+            return
+        if self._background.busy:
+            logger.info("the run ends by an error; the save under way has %g s to end first", LAST_SAVE)
+            self._background.wait(LAST_SAVE)
+        self.signals.close()
+
     def close(self) -> None:
         """Waits for the last save and gives the signals back. Collective. Raises UserError if the save failed."""
         try:
@@ -207,11 +223,11 @@ class Checkpointer:
         token, problem = new_token(), None
         if self.control.rank == 0:
             try:
-                self._check_leases()
-                open_folder(storage, step, token)
+                patiently(self._check_leases)
+                patiently(partial(open_folder, storage, step, token))
             except UserError as error:
                 problem = str(error)
-            except OSError as error:
+            except Exception as error:  # stores have errors of their own; all ranks wait here for this one's word
                 problem = f"can't write to ckpt folder {storage.url}: {error}"
         token, problem = self.control.from_first((token, problem))
         if problem:

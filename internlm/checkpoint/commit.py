@@ -13,11 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 from torch import Tensor
 
 from internlm.checkpoint.manifest import MANIFEST, Manifest, list_checkpoints
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import Storage, patiently
 from internlm.checkpoint.tensor_file import FileRecord, write_bytes, write_tensors
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -80,9 +81,11 @@ def write_rank(save: Save) -> None:
     try:
         files: dict[str, FileRecord] = {}
         for name, tensors in save.tensors.items():
-            files[name] = write_tensors(save.storage, f"{save.folder}/{name}", tensors, save.metadata)
+            files[name] = patiently(
+                partial(write_tensors, save.storage, f"{save.folder}/{name}", tensors, save.metadata)
+            )
         for name, text in save.texts.items():
-            files[name] = write_bytes(save.storage, f"{save.folder}/{name}", [text.encode()])
+            files[name] = patiently(partial(write_bytes, save.storage, f"{save.folder}/{name}", [text.encode()]))
     except Exception as error:
         with suppress(Exception):  # where the disk is full there is no room for it: then `Save.abandoned` is set
             _write_report(save, {"error": text_of(error)})
@@ -105,16 +108,19 @@ def commit(save: Save, timeout: float, check: Callable[[], None] = lambda: None)
             `check` raises.
     """
     storage, final = save.storage, str(save.step)
-    files = _collect(save, timeout)
-    check()
+    files = patiently(partial(_collect, save, timeout))
+    patiently(check)
     saved_at = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(save.step, save.kind, save.token, saved_at, save.world, dict(sorted(files.items())))
     for rank in range(save.world["ranks"]):
-        storage.remove(f"{save.folder}/{_report_name(rank)}")
-    write_bytes(storage, f"{save.folder}/{MANIFEST}", [manifest.render()])
+        patiently(partial(storage.remove, f"{save.folder}/{_report_name(rank)}"))
+    patiently(partial(write_bytes, storage, f"{save.folder}/{MANIFEST}", [manifest.render()]))
     if storage.is_local:
         _rename(storage, save.folder, final, save.token)
-    _prune(save)
+    try:
+        _prune(save)
+    except Exception as error:  # the new checkpoint is safe; a reader of an old one may be in the way, as on NFS
+        logger.warning("older checkpoints in %s can't all be removed: %s", storage.url, text_of(error))
 
 
 def discard(save: Save) -> None:
@@ -130,7 +136,8 @@ def _report_name(rank: int) -> str:
 
 def _write_report(save: Save, outcome: dict[str, object]) -> None:
     report = {"token": save.token, **outcome}
-    write_bytes(save.storage, f"{save.folder}/{_report_name(save.rank)}", [json.dumps(report).encode()])
+    path = f"{save.folder}/{_report_name(save.rank)}"
+    patiently(partial(write_bytes, save.storage, path, [json.dumps(report).encode()]))
 
 
 def _collect(save: Save, timeout: float) -> dict[str, FileRecord]:

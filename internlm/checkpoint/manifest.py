@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import Storage, patiently
 from internlm.checkpoint.tensor_file import FileRecord, read_header
 
 MANIFEST = "manifest.json"
@@ -77,7 +78,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     if MANIFEST not in names:
         raise BrokenCheckpointError(f"{MANIFEST} is missing")
     try:
-        manifest = Manifest.parse(bytes(storage.read(f"{folder}/{MANIFEST}")))
+        manifest = Manifest.parse(bytes(patiently(partial(storage.read, f"{folder}/{MANIFEST}"))))
     except OSError as error:
         raise BrokenCheckpointError(f"{MANIFEST} can't be read ({error})") from error
     if match := _FOLDER.fullmatch(folder.rpartition("/")[2]):
@@ -95,7 +96,7 @@ def check_files(storage: Storage, folder: str, manifest: Manifest, names: Sequen
     problems = []
     for name in names:
         try:
-            problem = _problem(storage, f"{folder}/{name}", manifest.files[name], manifest.token)
+            problem = patiently(partial(_problem, storage, f"{folder}/{name}", manifest.files[name], manifest.token))
         except FileNotFoundError:
             problem = "is missing"
         except OSError as error:

@@ -4,15 +4,46 @@ A local file is fsynced before it counts, and a folder appears by one rename. Ob
 object appears whole when it is closed, and the last object written is the mark that the others are complete.
 """
 
+import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from internlm.utils.errors import UserError, writing
+from internlm.utils.logger import get_logger
+
+logger = get_logger(__name__)
+T = TypeVar("T")
+
+PAUSES = (1.0, 5.0, 25.0)  # seconds before one more try
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST}
+_LASTING |= {errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Tries again, a few times, what a network or a store failed to do; what time doesn't mend is raised at once."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            logger.warning("%s: %s; trying again in %g s", type(error).__name__, error, pause)
+            time.sleep(pause)
+    return action()
+
+
+def _may_pass(error: Exception) -> bool:
+    """An error of the system that isn't about the file itself, or one of a store's own library."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if isinstance(cause, OSError):
+        return cause.errno not in _LASTING and not isinstance(cause, FileNotFoundError | PermissionError)
+    return cause is not None and type(cause).__module__.partition(".")[0] not in ("builtins", "internlm", "json")
 
 
 class Storage:

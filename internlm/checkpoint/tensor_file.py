@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import Storage, patiently
 from internlm.utils.errors import writing
 
 _DTYPE_NAMES = {
@@ -109,10 +110,10 @@ def stream_tensors(
 
 def read_header(storage: Storage, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Entries by key, and the metadata. Raises ValueError where the file is no safetensors file."""
-    length = int.from_bytes(storage.read(path, 0, 8), "little")
+    length = int.from_bytes(patiently(partial(storage.read, path, 0, 8)), "little")
     if length > _HEADER_LIMIT:
         raise ValueError(f"{storage.show(path)}: header of {length} bytes; not a safetensors file")
-    header = json.loads(storage.read(path, 8, 8 + length))
+    header = json.loads(patiently(partial(storage.read, path, 8, 8 + length)))
     metadata = header.pop("__metadata__", {})
     entries = {
         key: TensorEntry(path, _DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0])
@@ -127,7 +128,8 @@ def read_slice(storage: Storage, entry: TensorEntry, box: tuple[tuple[int, int],
     first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
     last = sum((stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True))
     width = entry.dtype.itemsize
-    data = storage.read(entry.path, entry.start + first * width, entry.start + (last + 1) * width)
+    start, stop = entry.start + first * width, entry.start + (last + 1) * width
+    data = patiently(partial(storage.read, entry.path, start, stop))
     if len(data) != (last + 1 - first) * width:
         raise ValueError(f"{storage.show(entry.path)}: ends inside a tensor")
     flat = torch.frombuffer(data, dtype=entry.dtype)

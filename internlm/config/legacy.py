@@ -233,7 +233,7 @@ TABLE: tuple[OldSpelling, ...] = (
     respelled(
         "ckpt.load_ckpt_info",
         "without a path: None",
-        lambda v: isinstance(v, dict) and not v.get("path"),
+        lambda v: isinstance(v, dict) and not v.get("path", "the schema asks for it"),
         lambda value: None,
     ),
     _path("ckpt.load_ckpt_info.path"),

@@ -82,6 +82,9 @@ def _parse_overrides(overrides: Sequence[str], report: Report) -> Tree:
         if not equals or not key:
             report.problems.append(f"override {text!r}: expected section.key=value, as model.num_layers=4")
             continue
+        if not value:  # what a shell makes of data.train_folder=$UNSET, which would mean random tokens
+            report.problems.append(f"override {text!r}: there is no value; write {key}=None or {key}='' for none")
+            continue
         if key.isupper() and key not in Config.model_fields:
             report.problems.append(f"override {text!r}: a constant of the file has done its work; set the key itself")
             continue

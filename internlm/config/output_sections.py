@@ -50,6 +50,9 @@ class MonitorConfig(Section):
     stuck_after: Annotated[float, Field(ge=0)] = Field(
         600.0, description="every rank logs its stack after this many seconds without a finished step; 0: never"
     )
+    max_skips_in_row: Annotated[int, Field(ge=0)] = Field(
+        100, description="batches in a row without an update (gradients not finite) that end the run; 0: none"
+    )
     slow_rank_every: Annotated[int, Field(ge=0)] = Field(
         50, description="steps between comparisons of the ranks' time for forward and backward; 0: never"
     )

@@ -252,7 +252,13 @@ class MegatronFile(SampleFile):
     def _sequence(self, index: int) -> Int64s:
         file = _opened(self.path, self._inode)
         file.seek(self._pointers[index])
-        data = file.read(int(self._sizes[index]) * self.dtype.itemsize)
+        size = int(self._sizes[index]) * self.dtype.itemsize
+        data = file.read(size)
+        if len(data) != size:
+            raise UserError(
+                f"{self.path}, sequence {index}: {len(data)} of its {size} bytes are there. The file was truncated "
+                "while it was in use: copy it again, and start again"
+            )
         return np.frombuffer(data, self.dtype.newbyteorder("<")).astype(np.int64)
 
 

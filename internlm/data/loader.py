@@ -117,8 +117,7 @@ class TrainRows:
 
 
 class _Reader(Dataset):
-    """Runs in the workers: row numbers in, `_Rows` out. A user's mistake travels as a value, since a worker's
-    exception would reach the user as a traceback."""
+    """In the workers: row numbers in, `_Rows` out, or a user's mistake: an exception would arrive as a traceback."""
 
     def __init__(self, rows: TrainRows | WholeSamples) -> None:
         self.rows = rows
@@ -128,6 +127,8 @@ class _Reader(Dataset):
             return _Rows.of([self.rows[number] for number in numbers]) if numbers else None
         except UserError as error:
             return error
+        except OSError as error:
+            return UserError(f"the data can't be read any more: {error}; once it can, the same command goes on")
 
 
 class _Numbers(Sampler[list[int]]):
@@ -199,8 +200,7 @@ def order_of(data: DataConfig, rows: TrainRows, sizes: BatchSizes) -> Order:
     if len(rows) < sizes.full:
         raise UserError(
             f"data: {len(rows)} packed rows, but one batch takes data.micro_num = {sizes.micro_num} x "
-            f"{sizes.dp_size} data ranks = {sizes.full} rows. Give more data, or make micro_num, seq_len or micro_bsz "
-            "smaller."
+            f"{sizes.dp_size} data ranks = {sizes.full} rows. Give more data, or lower micro_num, seq_len or micro_bsz."
         )
     return EpochOrder(len(rows), data.seed)
 

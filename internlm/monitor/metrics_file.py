@@ -63,7 +63,8 @@ def _cut(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop the lines after `last_step`, and a last one that was written in part; returns those kept, loss keys only."""
     kept: list[dict[str, Any]] = []
     aside = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8") as old, aside.open("w", encoding="utf-8") as new:
+    # a crash may end the file inside a character
+    with path.open(encoding="utf-8", errors="replace") as old, aside.open("w", encoding="utf-8") as new:
         for text in old:
             try:
                 line = json.loads(text)

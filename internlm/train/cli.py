@@ -12,6 +12,7 @@ from typing import Any
 from internlm.config.help import render_help
 from internlm.config.schema import Config
 from internlm.core.launch import DEFAULT_PORT, Launcher, World, world_from_env
+from internlm.utils.device import is_out_of_memory
 from internlm.utils.environment import launched_rank, started_by_slurm
 from internlm.utils.errors import UserError
 from internlm.utils.lock import lock_folder
@@ -20,8 +21,14 @@ from internlm.utils.logger import get_logger, setup_logging
 logger = get_logger(__name__)
 
 EXIT_USER_ERROR = 2
-EXIT_SIGTERM = 128 + 15
+EXIT_SIGINT, EXIT_SIGTERM = 128 + 2, 128 + 15
 PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
+
+OUT_OF_MEMORY = """
+out of memory: what a rank needs is told by `train.py ... --dry_run --world_size N`. To need less, in this order: lower
+data.micro_bsz or data.seq_len (and raise data.micro_num for the same batch); model.checkpoint=True recomputes
+activations; parallel.gradient.size=-1 and parallel.weight.size=-1 share gradients and parameters among the ranks;
+parallel.tensor.size or parallel.pipeline.size cut the model; lora trains less of it. The same command then resumes."""
 
 # Flags of 2023 that never did anything in train.py, with what decides instead.
 _WITHOUT_EFFECT = {
@@ -122,7 +129,13 @@ def user_errors() -> Iterator[None]:
         logger.error(str(error), extra={"file_only": True})
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
-    except Exception:
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_SIGINT) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(OUT_OF_MEMORY)
         logger.exception("the run ends by an exception", extra={"file_only": True})
         raise
 

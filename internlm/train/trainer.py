@@ -17,6 +17,7 @@ from internlm.train.metrics import BatchCounts, StepReport, StepSums, ValidRepor
 from internlm.train.routing import Routing, load_of
 from internlm.train.state import TrainState
 from internlm.utils.device import peak_flops, peak_memory, torch_dtype
+from internlm.utils.errors import UserError
 from internlm.utils.garbage import paused_collector
 from internlm.utils.logger import common_warning, get_logger
 from internlm.utils.timers import DeviceTimer, Timer
@@ -48,11 +49,15 @@ class Trainer:
         self.routing = routing
         self.peak_flops = peak_flops(mesh.device, torch_dtype(config.model.dtype))
         self._fwd_bwd = DeviceTimer(mesh.device)
+        self._skips_in_row = 0
         self._batches: Iterator[StepBatch] = iter(())
         self._fetched: tuple[StepBatch, Tensor | None] | None = None  # the next batch, and what all ranks hold in it
 
     def steps(self) -> Iterator[StepReport]:
-        """Run until the loader ends, yielding a report after every batch."""
+        """Run until the loader ends, yielding a report after every batch.
+
+        Raises UserError: no update was made for `monitor.max_skips_in_row` batches.
+        """
         done, total = self.state.batch_count, self.config.data.total_steps
         if done >= total:
             logger.info(f"nothing to do: {done} batches are done, data.total_steps = {total}")
@@ -65,6 +70,7 @@ class Trainer:
                 report = self._step(*self._fetched, Timer())
                 every = self.config.data.valid_every
                 yield replace(report, validation=self.validate()) if every and report.step % every == 0 else report
+                self._refuse_to_stand_still()
 
     def _fetch(self) -> None:
         """Takes the next batch, if there is one, and starts to count it over the ranks."""
@@ -177,10 +183,25 @@ class Trainer:
         self.state.num_consumed_tokens += counts.tokens
         if ok:
             self.state.step_count += 1
+            self._skips_in_row = 0
             return
+        self._skips_in_row += 1
         self.state.inf_nan_skip_batches += 1
         common_warning(
             logger,
             f"batch {batch.index}: the gradient norm is {grad_norm}; no update was made, weights and schedules stay "
             f"({self.state.inf_nan_skip_batches} such batches so far)",
+        )
+
+    def _refuse_to_stand_still(self) -> None:
+        """Weights that made a hundred batches overflow make the next hundred overflow too."""
+        count, most = self._skips_in_row, self.config.monitor.max_skips_in_row
+        if not 0 < most <= count:
+            return
+        done = self.state.batch_count
+        raise UserError(
+            f"batches {done - count} to {done - 1}: no gradient norm was finite, and no update was made since step "
+            f"{self.state.step_count} (monitor.max_skips_in_row = {most}). Begin again from a checkpoint before the "
+            "trouble (move newer ones away) with a lower adam.lr, or with data.skip_batches over the batches where it "
+            "began; instead of float16 try model.dtype=torch.bfloat16"
         )

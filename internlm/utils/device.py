@@ -144,3 +144,8 @@ def _seconds_of_product(a: torch.Tensor) -> float:
     a @ a
     synchronize(a.device)
     return time.perf_counter() - start
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU, or of the host, as Python or torch's allocator tells it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -159,6 +159,10 @@ def test_overrides(small):
     assert (config.seed, config.run_dir) == (7, None)
 
 
+def test_a_start_without_a_path_is_no_start_from_nothing(small):
+    assert "ckpt.load_ckpt_info.path: missing" in problems_of(small, ["ckpt.load_ckpt_info.ckpt_type=hf"])[0]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -169,6 +173,7 @@ def test_overrides(small):
         ("parallel.zero1.sise=3", "did you mean parallel.zero1.size?"),
         ("grad_scaler.fp16.min_scael=3", "did you mean grad_scaler.fp16.min_scale?"),
         ("SEQ_LEN=3", "constant of the file"),
+        ("data.train_folder=", "override 'data.train_folder=': there is no value; write data.train_folder=None or"),
         ("model.num_layers", "expected section.key=value"),
         ("model=3", "model = 3: int; expected a dict"),
         ("model.num_layers=3.5", "model.num_layers = 3.5: float; expected int > 0"),

@@ -106,7 +106,7 @@ def test_a_resume_cuts_what_comes_after_the_checkpoint(run_dir: Path) -> None:
         for step in range(1, 7):
             monitor.report(report(step, 1.0))
     path = run_dir / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 4, "lo')  # the process died while it wrote
+    path.write_bytes(path.read_bytes() + '{"step": 5, "text": "ä'.encode()[:-1])  # it died while it wrote a character
     with Monitor(config, run_dir, start_step=4) as monitor:
         monitor.report(report(5, 9.0))
     assert [(line["step"], line["loss"]) for line in lines_of(path)] == [(n, 1.0) for n in (1, 2, 3, 4)] + [(5, 9.0)]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from internlm.monitor.alert import Alert
@@ -218,6 +219,17 @@ def test_a_user_mistake_has_no_traceback_in_a_process(tmp_path: Path, repo_root:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("missing.py") == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+def test_no_memory_says_what_to_lower_and_an_interrupt_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("... DefaultCPUAllocator: can't allocate memory: ...")):
+        with pytest.raises(type(error)) as caught, user_errors():
+            raise error
+        assert "data.micro_bsz" in caught.value.__notes__[0]
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from the newest checkpoint\n"
 
 
 @pytest.mark.parametrize(

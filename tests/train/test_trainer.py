@@ -13,6 +13,7 @@ from internlm.config.schema import Config
 from internlm.data.loader import StepBatch
 from internlm.model.batch import Batch
 from internlm.train.metrics import StepReport, step_flops
+from internlm.utils.errors import UserError
 from tests.pool import run_ranks
 from tests.train.tiny import (
     LR,
@@ -101,6 +102,13 @@ def test_label_smoothing_is_part_of_the_loss_and_not_of_the_perplexity() -> None
     assert abs(smoothed - plain) > 5e-3
 
 
+def infinite_token_0(name: str, shape: tuple[int, ...]) -> Tensor:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    if name == "embedding.weight":
+        value[0] = math.inf
+    return value
+
+
 def overflow(rank: int, world_size: int) -> dict[str, Any]:
     """Token 0 has an infinite embedding; only the second batch reads it. Biases of routers are no parameters."""
     model = {"num_experts": 4, "moe": {"top_k": 2, "bias_rate": 0.01}}
@@ -108,13 +116,7 @@ def overflow(rank: int, world_size: int) -> dict[str, Any]:
     rows = [make_row(seed, (8,), 8, low=1) for seed in range(3)]
     rows[1].tokens[3] = 0
 
-    def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
-        value = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
-        if name == "embedding.weight":
-            value[0] = math.inf
-        return value
-
-    trainer = make_trainer(config, step_batches([[row] for row in rows], rank, world_size), value_of=value_of)
+    trainer = make_trainer(config, step_batches([[row] for row in rows], rank, world_size), value_of=infinite_token_0)
     seen: dict[str, Any] = {"reports": [], "weights": [], "states": [], "messages": []}
     handler = logging.Handler()
     handler.emit = lambda record: seen["messages"].append((record.levelname, record.getMessage()))  # type: ignore
@@ -141,6 +143,29 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     state = {"step_count": 2, "batch_count": 3, "place": 3, "num_consumed_tokens": 24, "inf_nan_skip_batches": 1}
     assert seen["states"][-1] == {**state, "num_rows": None}
     assert any(level == "WARNING" and "batch 1: the gradient norm is" in text for level, text in seen["messages"])
+
+
+def stand_still(rank: int, world_size: int, most: int) -> tuple[list[bool], str]:
+    """One good batch, then none whose gradients are finite; what was updated, and how it ended."""
+    config = make_config(monitor={"max_skips_in_row": most})
+    rows = [make_row(seed, (8,), 8, low=1) for seed in range(5)]
+    for row in rows[1:]:
+        row.tokens[3] = 0
+    trainer = make_trainer(config, step_batches([[row] for row in rows]), value_of=infinite_token_0)
+    updated: list[bool] = []
+    try:
+        updated.extend(report.updated for report in trainer.steps())
+    except UserError as error:
+        return updated, str(error)
+    return updated, ""
+
+
+def test_a_run_that_makes_no_updates_any_more_ends() -> None:
+    ((updated, told),) = run_ranks(1, stand_still, 3)
+    assert updated == [True, False, False, False]
+    assert told.startswith("batches 1 to 3: no gradient norm was finite, and no update was made since step 1 (")
+    ((updated, told),) = run_ranks(1, stand_still, 0)
+    assert updated == [True, False, False, False, False] and told == ""
 
 
 def left_out(rank: int, world_size: int) -> Any:
