@@ -7,10 +7,12 @@ in order. Memory does not grow with the file.
 import json
 import multiprocessing
 import re
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -209,6 +211,10 @@ def in_processes(
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {num_workers} tokenising processes was killed, probably as memory ran out: start fewer of them"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -218,6 +224,7 @@ _encode: Callable[[Task], Encoded] | None = None  # of this process
 
 def _start(make: Callable[[], Callable[[Task], Encoded]]) -> None:
     global _encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     _encode = make()
 
 

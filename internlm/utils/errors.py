@@ -35,13 +35,16 @@ def writing(what: str) -> Iterator[None]:
 def exit_code(run: Callable[[], object]) -> int:
     """Runs a tool. The exit code: 0, or 2 with the message on stderr for a UserError or a file that can't be used.
 
-    Any other error keeps its traceback.
+    Ctrl-C is 130. Any other error keeps its traceback.
     """
     try:
         run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.filename is None:
             raise

@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from internlm.data.encoder import Cutter, Encoder, Recipe, load_model
 from internlm.data.formats import TokenizedFile
 from internlm.data.loader import build_train_loader, build_valid_loaders
 from internlm.data.text import cache_folder, open_text
-from internlm.data.tokenize import encode_file, json_elements
+from internlm.data.tokenize import Encoded, Task, encode_file, in_processes, json_elements
 from internlm.utils.errors import UserError
 from tests.data.helpers import REAL_TOKENIZER, make_config, open_and_log, train_tokenizer
 
@@ -331,3 +334,18 @@ def test_alpaca_tool(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"instruction": "x", "output": "y"}]')
     broken = tool("alpaca_tokenizer.py", tmp_path / "a.json", tmp_path / "o", REAL_TOKENIZER)
     assert broken.returncode == 2 and 'record 0: expected an object with a string under "input"' in broken.stderr
+
+
+def killed(task: Task) -> Encoded:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def killer() -> Callable[[Task], Encoded]:
+    return killed
+
+
+def test_a_killed_process_is_no_traceback() -> None:
+    """The kernel kills one when memory runs out."""
+    with pytest.raises(UserError, match="one of 2 tokenising processes was killed"):
+        list(in_processes(iter([Task("x", "txt")]), killer, 2))

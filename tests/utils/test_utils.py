@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from internlm.utils.device import _data_sheet_peak, _measure_peak, peak_flops, torch_dtype
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import common_warning, get_logger, log_once, setup_logging
 from internlm.utils.timers import DeviceTimer, Timer
 
@@ -132,3 +132,10 @@ def test_timers_measure_seconds() -> None:
     time.sleep(0.02)
     device_timer.stop()
     assert 0.02 <= device_timer.seconds <= time.perf_counter() - start
+
+
+def test_an_interrupted_tool_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted) == 130 and capsys.readouterr().err == "interrupted\n"
