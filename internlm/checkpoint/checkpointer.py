@@ -164,6 +164,7 @@ class Checkpointer:
         assert self._part is not None
         self._part.abandoned.set()
         self._background.wait(LAST_WORDS)
+        self.control.gather(None)  # else a rank that is still writing would leave its files behind
         self._background.error = None
         if self.control.rank == 0:
             discard(self._part)
