@@ -53,15 +53,17 @@ def _outcome(row: OldSpelling, new: Tree) -> str:
 
 def settle(tree: Tree, report: Report) -> Tree:
     """What depends on several old keys of the merged `tree`; returns the tree with it settled."""
-    for one in (_settle_family, _settle_moe_loss, _settle_load, _settle_isp):
+    for one in (_settle_family, _settle_moe_loss, _settle_beta2, _settle_load, _settle_isp):
         tree = one(tree, report)
     return tree
 
 
 def _settle_moe_loss(tree: Tree, report: Report) -> Tree:
-    """A file with gate keys of 2023 and no balancing loss gets the default of that time."""
+    """A file of 2023 with experts and no balancing loss gets the default of that time."""
     loss = tree.get("loss", {})
-    if not any(key.startswith(("moe.", "model.moe_")) for key in report.seen) or "moe_loss_coeff" in loss:
+    is_old = any(key.startswith(("moe.", "model.moe_")) for key in report.seen)
+    is_old |= tree.get("model_type") == "INTERNLM_MoE" and bool(report.seen - {"model.dtype"})
+    if not is_old or "moe_loss_coeff" in loss:
         return tree
     report.notes.append("loss.moe_loss_coeff = 1.0: what the framework of 2023 assumed where a file is silent")
     return {**tree, "loss": {**loss, "moe_loss_coeff": 1.0}}
@@ -79,19 +81,36 @@ def _settle_family(tree: Tree, report: Report) -> Tree:
     return {**tree, "model": {**model, **missing}}
 
 
+def _settle_beta2(tree: Tree, report: Report) -> Tree:
+    """A schedule in the old spelling that is silent on its power means the default of then."""
+    schedule = tree.get("beta2_scheduler")
+    if "beta2_scheduler.cur_iter" not in report.seen or not isinstance(schedule, dict) or "c" in schedule:
+        return tree
+    report.notes.append("beta2_scheduler.c = 0.8: what the frameworks of 2023 assumed where a file is silent")
+    return {**tree, "beta2_scheduler": {**schedule, "c": 0.8}}
+
+
 def _settle_load(tree: Tree, report: Report) -> Tree:
     """With auto_resume the frameworks of 2023 ignored load_ckpt_info, and their sample files name no real folder."""
     ckpt = tree.get("ckpt")
-    if "ckpt.load_ckpt_info.path" not in report.seen or not isinstance(ckpt, dict):
+    load = ckpt.get("load_ckpt_info") if isinstance(ckpt, dict) else None
+    if not isinstance(ckpt, dict) or not isinstance(load, dict) or not isinstance(load.get("path"), str):
         return tree
-    load = ckpt.get("load_ckpt_info")
-    if not load or not ckpt.get("auto_resume", True) or Path(load["path"]).exists():
-        return tree
-    report.warnings.append(
-        f"ckpt.load_ckpt_info.path = {load['path']!r} does not exist; ignored as in 2023, where auto_resume came "
-        "first. Set ckpt.auto_resume=False to insist on it"
-    )
-    return {**tree, "ckpt": {**ckpt, "load_ckpt_info": None}}
+    # load_given_ckpt=False said outright that the folder is not to be loaded
+    is_sample = bool({"ckpt.load_ckpt_info.path", "ckpt.load_given_ckpt"} & report.seen)
+    if is_sample and ckpt.get("auto_resume", True) and not Path(load["path"]).exists():
+        report.warnings.append(
+            f"ckpt.load_ckpt_info.path = {load['path']!r} does not exist; ignored as in 2023, where auto_resume came "
+            "first. Set ckpt.auto_resume=False to insist on it"
+        )
+        return {**tree, "ckpt": {**ckpt, "load_ckpt_info": None}}
+    content = load.get("content", ())
+    if "ckpt.load_ckpt_folder" in report.seen and not {"scheduler", "all"} & set(content):
+        report.warnings.append(
+            f"ckpt.load_ckpt_folder = {load['path']!r} takes {', '.join(content)}, as in InternLM 0.2.1: steps and "
+            "learning rate begin anew. To go on where it was, set ckpt.load_ckpt_info.content=('all',)"
+        )
+    return tree
 
 
 def _settle_isp(tree: Tree, report: Report) -> Tree:
@@ -134,7 +153,9 @@ def _assign(tree: Tree, key: str, value: Any, old_key: str, report: Report) -> N
         if not isinstance(inner, dict):
             return  # a wrong type, which validation reports
         section = inner
-    if last in section and section[last] != value:
+    # beside fsdp, InternEvo's sample files say weight=dict(size=1): no weight parallelism
+    is_default = old_key == "parallel.zero1.fsdp" and key == "parallel.weight.size" and section.get(last) == 1
+    if last in section and section[last] != value and not is_default:
         report.problems.append(
             f"{old_key} means {key} = {value!r}, but {key} = {section[last]!r} is given too; keep one"
         )

@@ -46,6 +46,8 @@ class Generation:
     wrapped: bool = False  # how InternEvo spelled the experts' keys
     ep: int = 1  # data ranks that share the experts between them
     dtype: torch.dtype = torch.bfloat16
+    fp32_norm: bool = False  # use_fp32_norm
+    fp32_apart: bool = True  # whether parameters of an fp32 model are in the group fp32, or in default
 
     def at(self, **layout: Any) -> "Generation":
         return replace(self, **layout)
@@ -134,7 +136,7 @@ def _ranks(g: Generation) -> list[tuple[int, int, int]]:
 
 def dtype_of(g: Generation, key: str) -> torch.dtype:
     """Of a tensor in a model file: routers are fp32 in every model."""
-    return torch.float32 if ".moe_layer.gate." in key else g.dtype
+    return torch.float32 if ".moe_layer.gate." in key or (g.fp32_norm and "norm" in key) else g.dtype
 
 
 def _stage_sizes(g: Generation) -> list[int]:
@@ -337,7 +339,7 @@ def _grouped_keys(g: Generation, keys: list[str]) -> dict[str, list[str]]:
             groups["norm"].append(key)
         elif "embed_head" in groups and ("embedding" in key or "output." in key or "head." in key):
             groups["embed_head"].append(key)
-        elif "fp32" in groups and dtype_of(g, key) == torch.float32:
+        elif "fp32" in groups and dtype_of(g, key) == torch.float32 and (g.fp32_apart or g.dtype != torch.float32):
             groups["fp32"].append(key)
         else:
             groups["default"].append(key)
@@ -352,8 +354,9 @@ def _zero_group(g: Generation, name: str, t: int, z: int) -> tuple[int, int]:
         return g.zero, z
     if name == "embed_head":
         return g.dp, z
-    rank = z * g.tp + t
-    return g.tp * g.dp // g.wp, rank // g.wp
+    rank, ranks = z * g.tp + t, g.tp * g.dp // g.wp
+    size = g.zero if g.zero > 1 else ranks
+    return size, rank // g.wp % size
 
 
 def _deal(

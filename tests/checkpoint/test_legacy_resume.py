@@ -1,20 +1,22 @@
 """Runs that go on from folders of 2023: every tensor and counter arrives, on any layout."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.checks import find_checkpoint_problems
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.legacy.resume import check_batches
 from internlm.checkpoint.native import NativeReader, open_checkpoint
-from internlm.config.schema import Config
+from internlm.config.schema import Config, LoraConfig
 from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
+from tests.checkpoint.numbers_2023 import numbered, under_generators_names
 from tests.checkpoint.runs import contents, global_tensors, train
 from tests.pool import run_ranks
 from tools.convert2hf import main
@@ -57,33 +59,44 @@ def written(folder: Path, generation: old.Generation) -> list[old.Weights]:
     return kinds
 
 
-def under_llamas_names(folder: Path, config: Config, kind: str, target: Path) -> old.Weights:
-    """A kind of tensors of a checkpoint of ours, joined by the safetensors library and renamed by the export."""
-    whole = {}
-    for (name, kind_), bits in global_tensors(folder).items():
-        # an fp32 parameter, such as a router, is its own master
-        if kind_ == kind or (kind == "master" and kind_ == "param" and bits.itemsize == 4):
-            whole[name] = torch.from_numpy(bits.copy()).view({2: torch.bfloat16, 4: torch.float32}[bits.itemsize])
-    model = config.model.model_copy(update={"dtype": "torch.float32"})
-    arch = "llama" if model.num_experts == 1 else "granitemoe"
-    export_hf(whole.__getitem__, config.model_copy(update={"model": model}), target, arch)
-    return load_file(target / "model.safetensors")
+ISP = old.EVO_ISP.at(tp=4, wp=1, pp=2, groups=("default", "embed_head", "fp32"))
+OFFSETS = {"master": 0, "exp_avg": 2**20, "exp_avg_sq": 2**21}
 
 
-@pytest.mark.parametrize(("ranks", "generation"), [(1, old.V021_MOE), (2, GENERATION)])
-def test_everything_arrives(ranks: int, generation: old.Generation, tmp_path: Path) -> None:
-    masters, exp_avg, exp_avg_sq = written(tmp_path / "old", generation)
-    config = config_of(generation, tmp_path / "old", ranks=ranks)
+@pytest.mark.parametrize(
+    ("ranks", "generation"),
+    [
+        (1, old.V021_MOE),
+        (2, GENERATION),
+        (1, old.V01.at(zero=3)),
+        (1, old.V021.at(pp=2, chunks=2, zero=2, overlap=True)),
+        (2, old.EVO_INTERNLM2.at(tp=2, adapt_hf=False, fp32_norm=True, zero=2)),
+        (1, old.EVO_LLAMA2.at(tp=2, zero=2, dtype=torch.float32, fp32_apart=False)),
+        (1, ISP),
+        (1, old.EVO_ISP.at(tp=2, wp=2, dp=4, zero=2, bias=True, fp32_norm=True)),
+    ],
+)
+def test_every_element_arrives(ranks: int, generation: old.Generation, tmp_path: Path) -> None:
+    """Masters and moments say which element of which parameter they belong to; a run has each where it belongs."""
+    numbers = numbered(generation)
+    kinds = [under_generators_names(numbers, offset) for offset in OFFSETS.values()]
+    old.write(tmp_path / "old", generation, kinds[0], (kinds[1], kinds[2]), step=STEP)
+    config = config_of(
+        generation, tmp_path / "old", ranks=ranks, use_fp32_norm=generation.fp32_norm, model={"qk_interleaved": False}
+    )
     # no step is trained: what was loaded is saved again at once
     run_ranks(ranks, save_what_was_loaded, config, tmp_path / "new")
-    saved = tmp_path / "new" / "checkpoints" / str(STEP)
-    for kind, weights in {"master": masters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
-        found = under_llamas_names(saved, config, kind, tmp_path / kind)
-        assert all(torch.equal(found[key], value) for key, value in weights.items()), kind
-    found = under_llamas_names(saved, config, "param", tmp_path / "param")
-    for key, value in masters.items():  # a master halfway between two bf16 numbers may go either way
-        torch.testing.assert_close(found[key], value, rtol=2**-8, atol=0)
+    saved = tmp_path / "new" / "checkpoints" / str(STEP + (not generation.has_step))
+    found = global_tensors(saved)
+    assert {name for name, _ in found} == numbers.keys()
+    for name, value in numbers.items():
+        for kind, offset in OFFSETS.items():
+            # an fp32 parameter is its own master
+            bits = found.get((name, kind), found[name, "param"] if kind == "master" else None)
+            assert bits is not None and np.array_equal(bits.view(np.float32), (value + offset).astype(np.float32)), name
     state = contents(saved)["state"]
+    if not generation.has_step:
+        return
     assert state["train"] == {
         "step_count": STEP,
         "batch_count": STEP + 2,
@@ -162,21 +175,54 @@ def test_content_is_what_is_taken(tmp_path: Path) -> None:
     assert saved["state"]["train"]["batch_count"] == saved["state"]["optimizer"]["num_updates"] == 0
     assert not any(any(data) for (_, kind), data in saved["tensors"].items() if kind == "exp_avg")
 
+    adapters = config.model_copy(update={"lora": LoraConfig(rank=2)})  # beside the same model
+    run_ranks(1, save_what_was_loaded, adapters, tmp_path / "adapted")
+    adapted = contents(tmp_path / "adapted" / "checkpoints" / "0")["tensors"]
+    assert any("lora_a" in name for name, _ in adapted)
+    assert {key: adapted[key] for key in saved["tensors"] if key[1] == "param"}.items() <= saved["tensors"].items()
+    adapters = config_of(GENERATION, tmp_path / "old", lora={"rank": 2})
+    with pytest.raises(AssertionError, match=r"no optimizer states for the adapters(.|\n)*content=..model"):
+        run_ranks(1, save_what_was_loaded, adapters, tmp_path / "new")
 
-def test_the_first_version_counted_behind(tmp_path: Path) -> None:
-    written(tmp_path / "old", old.V01)
-    config = config_of(old.V01, tmp_path / "old")
-    run_ranks(1, save_what_was_loaded, config, tmp_path / "new")
-    assert (tmp_path / "new" / "checkpoints" / str(STEP + 1)).exists()
+
+def _edit(name: str, change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        state = torch.load(folder / name, weights_only=False)
+        change(state)
+        torch.save(state, folder / name)
+
+    return damage
 
 
-def test_rotary_order_becomes_that_of_the_run(tmp_path: Path) -> None:
-    generation = old.EVO_INTERNLM2.at(adapt_hf=False)
-    masters, *_ = written(tmp_path / "old", generation)
-    config = config_of(generation, tmp_path / "old", model={"qk_interleaved": False})
-    run_ranks(1, save_what_was_loaded, config, tmp_path / "new")
-    found = under_llamas_names(tmp_path / "new" / "checkpoints" / str(STEP), config, "master", tmp_path / "hf")
-    assert all(torch.equal(found[key], value) for key, value in masters.items())
+def _shorten(state: Any) -> None:
+    state["base_optim_states"]["state"][0]["exp_avg"] = torch.ones(3)
+
+
+def _reverse(state: Any) -> None:
+    state["flat_fp32_weights"][0] = state["flat_fp32_weights"][0].flip(0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_edit("context.pt", lambda s: s.pop("batch_count")), r"context\.pt: batch_count is missing"),
+        (_edit("context.pt", lambda s: s.update(step_count="7")), r"context\.pt: step_count is a str"),
+        (lambda folder: (folder / "context.pt").unlink(), "has no context.pt, .* leave sampler and scheduler out"),
+        (_edit("optimizer_tp1_pp0_zo0.pt", lambda s: s.pop("flat_fp32_weights")), "flat_fp32_weights is missing"),
+        (_edit("optimizer_tp0_pp0_zo0.pt", lambda s: s["grad_scaler"].clear()), "grad_scaler: _scale is missing"),
+        (_edit("optimizer_tp0_pp0_zo1.pt", lambda s: s["zero_devide_optim_plan"].pop()), "plan is of 1 groups"),
+        (_edit("optimizer_tp0_pp0_zo1.pt", _shorten), r"exp_avg of group 0 is not as long as its masters"),
+        (  # in another order: nothing else would tell
+            _edit("optimizer_tp1_pp1_zo0.pt", _reverse),
+            r"master of .* is not what model_tp1_pp1\.pt holds in torch\.bfloat16(.|\n)*of different steps",
+        ),
+    ],
+)
+def test_damage_beside_the_model_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+    written(tmp_path / "old", GENERATION)
+    damage(tmp_path / "old")
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(1, save_what_was_loaded, config_of(GENERATION, tmp_path / "old"), tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +236,8 @@ def test_rotary_order_becomes_that_of_the_run(tmp_path: Path) -> None:
 def test_another_model_is_refused(sections: dict[str, Any], message: str, tmp_path: Path) -> None:
     written(tmp_path / "old", GENERATION)
     config = config_of(GENERATION, tmp_path / "old", **sections)
+    (problem,) = find_checkpoint_problems(config)  # before there are ranks
+    assert re.search(message, problem)
     with pytest.raises(AssertionError, match=message):
         run_ranks(1, save_what_was_loaded, config, tmp_path / "new")
 

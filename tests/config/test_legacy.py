@@ -74,6 +74,9 @@ HERE = str(Path(__file__).parent)
         ("parallel.zero1", {"size": 4, "fsdp": True}, "parallel.weight.size", 4),
         ("parallel.zero1", {"size": 4, "fsdp": True}, "parallel.gradient.size", 4),
         ("parallel.zero1", {"size": 4, "fsdp": True}, "parallel.zero1.size", 4),
+        ("parallel", {"zero1": {"size": 4, "fsdp": True}, "weight": {"size": 1}}, "parallel.weight.size", 4),
+        ("beta2_scheduler", {"init_beta2": 0.9, "cur_iter": -1}, "beta2_scheduler.c", 0.8),
+        ("beta2_scheduler", {"init_beta2": 0.9}, "beta2_scheduler.c", 0.0),
         ("parallel.weight", {"size": 2, "overlap": True, "memory_pool": True}, "parallel.gradient.size", 2),
         ("model.no_bias", True, "model.qkv_bias", False),
         ("model.no_bias", False, "model.out_bias", True),
@@ -118,6 +121,7 @@ def test_conversions(small, key, value, new_key, expected):
     ("key", "value", "reason"),
     [
         ("parallel.zero1", 0, "write -1 for all data ranks or 1"),
+        ("parallel", {"zero1": {"size": 4, "fsdp": True}, "weight": {"size": 2}}, "keep one"),
         ("parallel.zero1", {"size": 0}, "write -1 for all data ranks or 1"),
         ("parallel.pipeline", {"size": 16, "interleaved_overlap": True}, "needs 16; set 16 or more"),
         ("model.drop_rate", 0.1, "no dropout"),
@@ -170,6 +174,23 @@ def test_a_placeholder_of_the_sample_files_is_ignored_only_beside_auto_resume(sm
         load_config(config, ["ckpt.auto_resume=False"])
     with pytest.raises(ConfigError, match="no such folder"):  # a path in today's spelling is meant
         load_config(change(small, "ckpt.load_ckpt_info", {"path": "llm_ckpts/xxxx"}))
+    config = change(small, "ckpt.load_ckpt_folder", "local:llm_ckpts/49")  # as in 0.1, where it was meant
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_config(config)
+    assert load_config(change(config, "ckpt.load_given_ckpt", False)).ckpt.load_ckpt_info is None
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_config(change(config, "ckpt.load_given_ckpt", True))
+
+
+def test_a_resume_without_schedule_is_said(small, caplog):
+    load_config(change(small, "ckpt.load_ckpt_folder", f"local:{HERE}"))
+    assert "steps and learning rate begin anew. To go on where it was, set ckpt.load_ckpt_info.content" in caplog.text
+
+
+def test_experts_of_2023_are_balanced_as_then(small):
+    moe = change({**small, "model_type": "INTERNLM_MoE"}, "model.num_experts", 4)
+    assert load_config(moe).loss.moe_loss_coeff == 0.01
+    assert load_config(change(moe, "hybrid_zero_optimizer.reduce_bucket_size", 1)).loss.moe_loss_coeff == 1.0
 
 
 def test_old_llama2_files_have_the_biases_and_rotary_order_they_assumed(small):

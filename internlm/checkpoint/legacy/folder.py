@@ -119,6 +119,17 @@ class LegacyFolder:
                     )
         return content
 
+    def part(self, file: str, content: dict[str, Any], key: str, kind: Any) -> Any:
+        """What a file holds under `key`, of the type (or one of the types) `kind`. Raises UserError."""
+        value = content.get(key)
+        if not isinstance(value, kind):
+            found = f"is a {type(value).__name__}" if key in content else "is missing"
+            raise UserError(
+                f"{self.path}/{file}: {key} {found}, which no version of 2023 wrote; the file is damaged, fetch it "
+                "again, or leave what it holds out of ckpt.load_ckpt_info.content"
+            )
+        return value
+
     # -- keys ---------------------------------------------------------------------------------------------------
 
     def _scan(self) -> tuple[int, str]:

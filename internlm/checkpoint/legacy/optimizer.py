@@ -84,30 +84,47 @@ class LegacyOptimizer:
                 "file is missing (InternLM 0.1 wrote too few with tensor parallel)"
             )
         states = self.folder.read_file(owner.file)
-        if kind == "master":
-            flat = states["flat_fp32_weights"][owner.group]
-        else:
+        flat = whole = states["flat_fp32_weights"][owner.group]
+        if kind != "master":
             state = _adam_state(states, owner.group)
             if kind not in state:
                 return torch.zeros(owner.shape)
             flat = state[kind]
+        if not isinstance(flat, Tensor) or flat.shape != whole.shape:
+            raise UserError(
+                f"{self.folder.path}/{owner.file}: {kind} of group {owner.group} is not as long as its masters, "
+                f"{whole.numel()} elements; the file is damaged"
+            )
         return flat.detach()[owner.start : owner.start + prod(owner.shape)].view(owner.shape)
 
     def scalars(self) -> tuple[int, dict[str, float]]:
         """(Adam's number of updates, state of the loss scaler)."""
         states = self.folder.read_file(self.files[0].name)
+        scaler = self.folder.part(self.files[0].name, states, "grad_scaler", dict)
         steps = [int(state["step"]) for state in states["base_optim_states"]["state"].values() if "step" in state]
-        return max(steps, default=0), states["grad_scaler"]
+        keys = ("_scale", "_growth_step", "_hysteresis_step")
+        kinds = (int, float, Tensor)
+        return max(steps, default=0), {
+            key: float(self.folder.part(f"{self.files[0].name}: grad_scaler", scaler, key, kinds)) for key in keys
+        }
 
     # -- who holds what -----------------------------------------------------------------------------------------
 
     def _index(self, file: _File) -> None:
         """Notes what one optimizer file holds."""
         states = self.folder.read_file(file.name)
-        flats: dict[int, Tensor] = states["flat_fp32_weights"]
-        names = [str(group.get("name", "default")) for group in states["base_optim_states"]["param_groups"]]
-        members = self._members(file, names)
+        flats: dict[int, Tensor] = self.folder.part(file.name, states, "flat_fp32_weights", dict)
+        adam = self.folder.part(file.name, states, "base_optim_states", dict)
+        self.folder.part(f"{file.name}: base_optim_states", adam, "state", dict)
+        groups = self.folder.part(f"{file.name}: base_optim_states", adam, "param_groups", list)
+        names = [str(group.get("name", "default")) for group in groups]
+        members = self._members(file, names, states.get("zero_devide_optim_plan"))
         plan = self._plan(file, states, names, members)
+        if len(plan) != len(names):
+            raise UserError(
+                f"{self.folder.path}/{file.name}: its plan is of {len(plan)} groups of parameters, its Adam of "
+                f"{len(names)}; the two are of different runs"
+            )
         for group, per_rank in enumerate(plan):
             ordered = sorted(members[group], key=lambda parameter: -prod(parameter[1]))
             rank = self._zero_rank(file, names[group], len(per_rank))
@@ -123,14 +140,18 @@ class LegacyOptimizer:
                 for axis in ("tp", "wp"):
                     self._owners.setdefault((file.pp, axis, getattr(file, axis), key), owner)
                 end += prod(shape)
-            held = flats[group].numel() if group in flats else 0
+            held = flats[group].numel() if isinstance(flats.get(group), Tensor) else 0
             if end != held:
                 raise UserError(
                     f"{self.folder.path}/{file.name}: group {names[group]} holds {held} elements, its plan says {end}"
                 )
 
-    def _members(self, file: _File, names: Sequence[str]) -> list[list[Parameter]]:
-        """The parameters of each group in the order of the model."""
+    def _members(self, file: _File, names: Sequence[str], plan: list[list[list[str]]] | None) -> list[list[Parameter]]:
+        """The parameters of each group in the order of the model.
+
+        Of a model that is fp32 altogether some versions had the parameters in `default`, with an empty group `fp32`.
+        """
+        has_fp32 = "fp32" in names and (plan is None or any(plan[names.index("fp32")]))
         same = [m for m in self.folder.files if (m.tp, m.wp, m.pp) == (file.tp, file.wp, file.pp)]
         if not same:
             raise UserError(f"{self.folder.path} lacks the model file of the rank that wrote {file.name}")
@@ -145,7 +166,7 @@ class LegacyOptimizer:
                 group = names.index("gate")
             elif "norm" in names and _NORM.fullmatch(key):
                 group = names.index("norm")
-            elif "fp32" in names and value.dtype == torch.float32:
+            elif has_fp32 and value.dtype == torch.float32:
                 group = names.index("fp32")
             members[group].append((key, tuple(value.shape)))
         for group, name in enumerate(names):
@@ -192,8 +213,8 @@ class LegacyOptimizer:
         return rank_in_stage // self.folder.weight_size % ranks
 
     def _resolve(self, file: _File, identity: str, ordered: Sequence[Parameter]) -> Parameter:
-        number, *dims = (int(part) for part in identity.split("_"))
-        if number >= len(ordered) or ordered[number][1] != tuple(dims):
+        number, *dims = (int(part) if part.isdecimal() else -1 for part in identity.split("_"))
+        if not 0 <= number < len(ordered) or ordered[number][1] != tuple(dims):
             raise UserError(
                 f"{self.folder.path}/{file.name}: its plan names parameter {identity}, which the model file of the "
                 "same rank doesn't have at that place; the two are of different runs"
@@ -203,7 +224,7 @@ class LegacyOptimizer:
 
 def _adam_state(states: dict[str, Any], group: int) -> dict[str, Tensor]:
     optimizer = states["base_optim_states"]
-    numbers = optimizer["param_groups"][group]["params"]
+    numbers = optimizer["param_groups"][group].get("params")
     return optimizer["state"].get(numbers[0], {}) if numbers else {}
 
 

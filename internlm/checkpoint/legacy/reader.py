@@ -10,7 +10,7 @@ from torch import Tensor
 from internlm.checkpoint.compare import check_model
 from internlm.checkpoint.hf_names import native_shapes, to_half_split, to_interleaved
 from internlm.checkpoint.legacy.facts import Facts
-from internlm.checkpoint.legacy.folder import LegacyFolder
+from internlm.checkpoint.legacy.folder import LegacyFolder, ModelFile
 from internlm.checkpoint.legacy.optimizer import LegacyOptimizer
 from internlm.checkpoint.legacy.tables import Row, join
 from internlm.checkpoint.storage import Storage
@@ -71,6 +71,10 @@ class LegacyReader:
             self._optimizer = LegacyOptimizer(self.folder)
         return self._optimizer
 
+    def holds(self, name: str) -> bool:
+        """Whether 2023 had the parameter: not what a run adds, such as adapters or a router's bias."""
+        return name in self._shapes
+
     def read(self, name: str, kind: str = "param") -> Tensor:
         """The global parameter `name` on the CPU in its saved dtype, or its fp32 master, exp_avg or exp_avg_sq."""
         shape = self._shapes.get(name)
@@ -78,18 +82,35 @@ class LegacyReader:
             raise UserError(f"{self.path} has no parameter {name}")
         value: Tensor | None = None
         for row, files, key in self.folder.locate(name):
-            shards = [
-                self.folder.shard(file, key)
-                if kind == "param"
-                else self.optimizer.tensor(file, key, kind, by_tensor=not row.in_block)
-                for file in files
-            ]
+            shards = [self._shard(file, key, kind, by_tensor=not row.in_block) for file in files]
             if value is None:
                 value = torch.empty(shape, dtype=shards[0].dtype)
             self._paste(value, row, self._join(row, shards, key), key)
         assert value is not None
         if self._rearrange:
             return (to_half_split if self._interleaved else to_interleaved)(name, value)
+        return value
+
+    def _shard(self, file: ModelFile, key: str, kind: str, by_tensor: bool) -> Tensor:
+        """One rank's part. A master must round to the parameter, which was made from it: an order of the flat tensor
+        that was read wrongly, or an optimizer file of another step, would show here and nowhere else.
+        """
+        if kind == "param":
+            return self.folder.shard(file, key)
+        value = self.optimizer.tensor(file, key, kind, by_tensor)
+        if kind == "master":
+            rounded = self.folder.shard(file, key)
+            spacing = torch.finfo(rounded.dtype).eps
+            same = torch.isclose(value, rounded.float(), rtol=2 * spacing, atol=1e-7, equal_nan=True)
+            if not bool(same.all()):
+                place = int((~same).flatten().nonzero()[0])
+                raise UserError(
+                    f"{self.path}: the fp32 master of {key} is not what {file.name} holds in {rounded.dtype}: "
+                    f"{int((~same).sum())} of {same.numel()} elements differ, element {place} is "
+                    f"{float(value.flatten()[place]):.6g} and {float(rounded.flatten()[place]):.6g}; model and "
+                    'optimizer files are of different steps: leave "optimizer" out of ckpt.load_ckpt_info.content '
+                    "(and set ckpt.auto_resume=False)"
+                )
         return value
 
     def _join(self, row: Row, shards: list[Tensor], key: str) -> list[Tensor]:

@@ -49,6 +49,13 @@ def newest_legacy_folder(url: str) -> str | None:
     return max(found)[1] if found else None
 
 
+def look_at_legacy(path: str, content: Sequence[str], config: Config) -> None:
+    """Raises UserError for what `load_legacy` would refuse, as far as names, shapes and plans tell it."""
+    reader = LegacyReader(path, run=config)
+    if {"all", "optimizer"} & set(content) and config.lora is None:
+        _ = reader.optimizer
+
+
 def load_legacy(
     path: str, content: Sequence[str], config: Config, optimizer: HybridZero, state: TrainState, control: Control
 ) -> None:
@@ -63,6 +70,11 @@ def load_legacy(
     problem = None
     try:
         reader = LegacyReader(path, run=config)
+        if config.lora is not None and len(kinds) > 1:
+            raise UserError(
+                f"{path} has no optimizer states for the adapters of this run (lora): with "
+                'ckpt.load_ckpt_info.content=("model",) they begin beside its model'
+            )
         _fill(reader, optimizer, kinds)
         if "exp_avg" in kinds:
             _load_scalars(reader, optimizer)
@@ -81,7 +93,7 @@ def _fill(reader: LegacyReader, optimizer: HybridZero, kinds: set[str]) -> None:
     """Writes this rank's pieces; those of one parameter are neighbours, so it stays in memory until the next."""
     last: dict[str, tuple[str, Tensor]] = {}
     for piece in optimizer.pieces():
-        if piece.kind not in kinds:
+        if piece.kind not in kinds or not reader.holds(piece.name):  # adapters are new
             continue
         kind = _saved_kind(piece, kinds)
         if kind not in last or last[kind][0] != piece.name:
@@ -115,21 +127,31 @@ def _load_counters(
     wanted = {part for part in ("scheduler", "sampler") if everything or part in content}
     if not wanted:
         return
-    saved: dict[str, Any] = reader.folder.read_file("context.pt")
     names = reader.folder.names
-    done = int(saved["batch_count"]) + 1  # it was the index of the last batch
+    if "context.pt" not in names:
+        raise UserError(
+            f"{reader.path} has no context.pt, which holds the step and the place in the data: leave "
+            f"{' and '.join(sorted(wanted))} out of ckpt.load_ckpt_info.content (and set ckpt.auto_resume=False)"
+        )
+    saved: dict[str, Any] = reader.folder.read_file("context.pt")
+
+    def number(key: str) -> int:
+        return int(reader.folder.part("context.pt", saved, key, (int, float)))
+
+    done = number("batch_count") + 1  # it was the index of the last batch
     counters = state.state_dict()
     if "scheduler" in wanted:
-        updates = int(saved.get("step_count", saved["batch_count"]))
         is_first_version = (
             "config_file.pt" not in names and marked_step(reader.folder.storage, reader.folder.folder) is None
         )
-        counters["step_count"] = updates + 1 if is_first_version else updates  # 0.1 counted behind
+        counters["step_count"] = done
+        if "step_count" in saved:
+            counters["step_count"] = number("step_count") + is_first_version  # 0.1 counted behind
         _compare_schedule(reader, config)
     if "sampler" in wanted:
         counters["batch_count"], counters["place"] = done, None
         for key in ("num_consumed_tokens", "inf_nan_skip_batches"):
-            counters[key] = int(saved[key])
+            counters[key] = number(key)
         check_batches(reader, config, readers)
     state.load_state_dict(counters)
 
@@ -163,10 +185,12 @@ def check_batches(reader: LegacyReader, config: Config, readers: int) -> None:
     if "sampler.pt" not in reader.folder.names:
         return
     saved = reader.folder.read_file("sampler.pt")
+    has_rows = {"batch_size", "data_world_size"} <= saved.keys()
+    rows = saved["batch_size"] * saved["data_world_size"] if has_rows else None
     ours = {
         "data.seed": (saved.get("seed"), config.data.seed),
         "rows of a batch (data.micro_num * data ranks)": (
-            saved["batch_size"] * saved["data_world_size"] if "batch_size" in saved else None,
+            rows,
             config.data.micro_num * readers,
         ),
         "data.rampup_batch_size": (

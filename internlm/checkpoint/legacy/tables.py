@@ -69,7 +69,8 @@ def rows(family: Family, mlp: Literal["old", "new"], split_hidden: bool, num_exp
         **feed_forward,
         "layers.{i}.attention_norm.weight": [Row(f"{layer}.{norms[0]}.weight", (ALL,), "whole")],
         "layers.{i}.ffn_norm.weight": [Row(f"{layer}.{norms[1]}.weight", (ALL,), "whole")],
-        "head.norm.weight": [Row("norm.weight", (ALL,), "whole", in_block=False)],
+        # isp shares it, as the norms in blocks, among ranks of the same weight rank
+        "head.norm.weight": [Row("norm.weight", (ALL,), "whole")],
         "head.weight": [Row(f"{head}.weight", (ALL,), "rows", in_block=False)],
     }
 
