@@ -182,8 +182,8 @@ def test_a_placeholder_of_the_sample_files_is_ignored_only_beside_auto_resume(sm
         load_config(change(config, "ckpt.load_given_ckpt", True))
 
 
-def test_a_resume_without_schedule_is_said(small, caplog):
-    load_config(change(small, "ckpt.load_ckpt_folder", f"local:{HERE}"))
+def test_a_resume_without_schedule_is_said(small, caplog, tmp_path):
+    load_config(change(small, "ckpt.load_ckpt_folder", f"local:{tmp_path}"))
     assert "steps and learning rate begin anew. To go on where it was, set ckpt.load_ckpt_info.content" in caplog.text
 
 
