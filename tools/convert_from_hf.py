@@ -28,7 +28,7 @@ from internlm.utils.logger import setup_logging
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", "--src_folder", required=True, help="Hugging Face folder with safetensors")
+    parser.add_argument("--src", "--src_folder", required=True, help="Hugging Face folder: safetensors or .bin")
     parser.add_argument("--tgt", "--tgt_folder", required=True, help="folder of checkpoints to write step 0 into")
     parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} or auto (default): as in the source")
     parser.add_argument("--format", choices=["native", "2023"], help="default: native; 2023 when --tp_size is given")

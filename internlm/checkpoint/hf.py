@@ -4,7 +4,6 @@ Both directions go tensor by tensor: an export holds one native parameter in mem
 config.json is written last, so a folder with one is a whole export.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.hf_config import check_same, config_json, model_of, model_section, preset_of
+from internlm.checkpoint.hf_files import TensorFiles, read_json
 from internlm.checkpoint.hf_names import (
     Entry,
     check_layout,
@@ -29,7 +29,7 @@ from internlm.checkpoint.hf_remote_code import write_remote_code
 from internlm.checkpoint.hf_target import INDEX, prepare_folder
 from internlm.checkpoint.hf_tokenizer import check_export, inspect_tokenizer, write_tokenizer
 from internlm.checkpoint.storage import Storage
-from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice, stream_tensors
+from internlm.checkpoint.tensor_file import stream_tensors
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError, writing
@@ -188,7 +188,7 @@ class HFReader:
         self._storage = Storage(self.folder)
         if "config.json" not in self._storage.names():
             raise UserError(f"{self.folder} holds no config.json; give a folder in Hugging Face format")
-        self._hf = self._read_json("config.json")
+        self._hf = read_json(self._storage, "config.json")
         file = self._storage.show("config.json")
         section = model_section(self._hf, file)
         if model is not None:
@@ -196,8 +196,7 @@ class HFReader:
         self._interleaved = model is not None and model.qk_interleaved
         dtype = self._hf.get("dtype") or self._hf.get("torch_dtype")
         self._section = {**section, "dtype": f"torch.{dtype}" if dtype in DTYPES else "torch.float32"}
-        self._headers: dict[str, dict[str, TensorEntry]] = {}
-        self._files = self._tensor_files()
+        self._files = TensorFiles(self._storage)
         self._entries: dict[str, list[Entry]] = {}
         self._shapes = native_shapes(model_of(self._section, file))
         for entry in entries(self._hf["model_type"], self._shapes):
@@ -222,77 +221,20 @@ class HFReader:
         assert name in self._entries, f"{name} is no parameter of {self._section}"
         value: Tensor | None = None
         for entry in self._entries[name]:
-            part = self._tensor(entry)
+            part = self._files.read(entry.name, entry.shape)
             if value is None:
                 value = torch.empty(self._shapes[name], dtype=part.dtype)
             entry.paste(value, part)
         assert value is not None
         return to_interleaved(name, value) if self._interleaved else value
 
-    def _tensor(self, entry: Entry) -> Tensor:
-        path = self._files[entry.name]
-        stored = self._header(path).get(entry.name)
-        file = self._storage.show(path)
-        if stored is None:
-            raise UserError(f"{file} lacks {entry.name}, which {INDEX} promises")
-        if stored.shape != entry.shape:
-            raise UserError(
-                f"{file}: {entry.name} is {list(stored.shape)}, by config.json it should be {list(entry.shape)}"
-            )
-        try:
-            return read_slice(self._storage, stored, tuple((0, size) for size in stored.shape))
-        except ValueError as error:
-            raise UserError(f"{error} ({entry.name}): the file is damaged, fetch it again") from error
-
-    def _header(self, path: str) -> dict[str, TensorEntry]:
-        """Where the tensors of a file lie; each file is looked at once."""
-        if path not in self._headers:
-            file = self._storage.show(path)
-            try:
-                self._headers[path], _ = read_header(self._storage, path)
-            except FileNotFoundError as error:
-                raise UserError(f"{file} is missing; {INDEX} names it") from error
-            except (ValueError, KeyError) as error:  # no header, or a dtype that we don't know
-                raise UserError(f"{file} is damaged or no safetensors file we can read: {error}") from error
-        return self._headers[path]
-
-    def _tensor_files(self) -> dict[str, str]:
-        """The file of each tensor."""
-        names = self._storage.names()
-        if INDEX in names:
-            files = self._read_json(INDEX).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise UserError(f"{self._storage.show(INDEX)} has no weight_map of tensors and files; fetch it again")
-            if outside := [file for file in files.values() if file != Path(file).name]:
-                raise UserError(f"{self._storage.show(INDEX)} names {outside[0]}, which is not in the folder")
-            if missing := sorted(set(files.values()) - set(names)):
-                raise UserError(f"{self._storage.show(missing[0])} is missing; {INDEX} names it")
-            return files
-        if "model.safetensors" in names:
-            return dict.fromkeys(self._header("model.safetensors"), "model.safetensors")
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-            raise UserError(
-                f"{self.folder} holds pickled weights, which can run code when they are read and are refused: "
-                "convert them with transformers (from_pretrained, then save_pretrained writes safetensors)"
-            )
-        raise UserError(f"{self.folder} holds neither model.safetensors nor {INDEX}")
-
     def _check_names(self) -> None:
         expected = {entry.name for parts in self._entries.values() for entry in parts}
-        missing = sorted(expected - self._files.keys())
+        missing = sorted(expected - self._files.of_tensor.keys())
         # Buffers of old exports, and the copy of a tied head.
         spare = ("rotary_emb.inv_freq", "lm_head.weight", "output.weight")
-        unknown = sorted(name for name in self._files.keys() - expected if not name.endswith(spare))
+        unknown = sorted(name for name in self._files.of_tensor.keys() - expected if not name.endswith(spare))
         for what, names in (("lacks", missing), ("holds tensors that its config.json does not explain:", unknown)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise UserError(f"{self.folder} {what} {', '.join(names[:3])}{more}")
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self._storage.read(name))
-        except ValueError as error:  # also bytes that are no text
-            raise UserError(f"{self._storage.show(name)} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{self._storage.show(name)} holds no JSON object; fetch it again")
-        return value

@@ -1,6 +1,7 @@
 """Hugging Face folders as native parameters: bit for bit there and back, and clear words where that can't be."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from internlm.config.schema import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
 from tests.checkpoint.hf_models import CASES, named, tiny_run
+from tests.checkpoint.test_pickles import Call
 from tests.model.tiny import random_batch
 
+PICKLE = "pytorch_model.bin"
 SMALL = {
     "vocab_size": 67,
     "hidden_size": 48,
@@ -213,11 +216,35 @@ def test_rotary_scaling_is_read(export: Path, old: dict[str, Any], expected: dic
     assert scaling == (expected and RopeScaling.model_validate(expected).model_dump())
 
 
-def test_pickles_are_refused(export: Path) -> None:
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_pickles_of_2023_are_read_and_not_run(export: Path, is_sharded: bool, tmp_path: Path) -> None:
+    before = HFReader(export)
+    expected = {name: before.read(name) for name in ("head.weight", "layers.1.attention.wqkv.weight")}
+    weight_map = json.loads((export / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {key: load_file(export / file)[key] for key, file in weight_map.items()}
     for file in export.glob("model*"):
         file.unlink()
-    (export / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(UserError, match="convert them with transformers"):
+    weight_map = {key: f"pytorch_{file}.bin" if is_sharded else PICKLE for key, file in weight_map.items()}
+    for name in set(weight_map.values()):
+        torch.save({key: value for key, value in tensors.items() if weight_map[key] == name}, export / name)
+    if is_sharded:
+        (export / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    reader = HFReader(export)
+    assert all(torch.equal(reader.read(name), value) for name, value in expected.items())
+
+    file = export / weight_map["lm_head.weight"]
+    for content, message in (
+        ({"x": Call(os.system, f"touch {tmp_path / 'mark'}")}, "nothing of it was run"),
+        ([torch.ones(1)], "holds a list"),
+        ({"lm_head.weight": 3}, "holds 'lm_head.weight': a int"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(UserError, match=f"{file.name}.*{message}"):
+            HFReader(export).read("head.weight")
+    assert not (tmp_path / "mark").exists()
+    file.unlink()
+    (export / "consolidated.00.pth").touch()
+    with pytest.raises(UserError, match=f"{file.name} is missing" if is_sharded else "convert them with it"):
         HFReader(export)
 
 

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from internlm.checkpoint.checks import find_checkpoint_problems
+from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.legacy.resume import check_batches
 from internlm.checkpoint.native import NativeReader, open_checkpoint
+from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config, LoraConfig
 from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
@@ -59,7 +61,7 @@ def written(folder: Path, generation: old.Generation) -> list[old.Weights]:
     return kinds
 
 
-ISP = old.EVO_ISP.at(tp=4, wp=1, pp=2, groups=("default", "embed_head", "fp32"))
+ISP = old.EVO_ISP.at(tp=4, wp=1, pp=4, fp32_norm=True)  # the last norm belongs to a rank that is not tp0
 OFFSETS = {"master": 0, "exp_avg": 2**20, "exp_avg_sq": 2**21}
 
 
@@ -182,14 +184,15 @@ def test_content_is_what_is_taken(tmp_path: Path) -> None:
     assert {key: adapted[key] for key in saved["tensors"] if key[1] == "param"}.items() <= saved["tensors"].items()
     adapters = config_of(GENERATION, tmp_path / "old", lora={"rank": 2})
     with pytest.raises(AssertionError, match=r"no optimizer states for the adapters(.|\n)*content=..model"):
-        run_ranks(1, save_what_was_loaded, adapters, tmp_path / "new")
+        run_ranks(1, save_what_was_loaded, adapters, tmp_path / "refused")
 
 
 def _edit(name: str, change: Any) -> Any:
     def damage(folder: Path) -> None:
-        state = torch.load(folder / name, weights_only=False)
+        state = read_pickle(Storage(str(folder)), name)
         change(state)
-        torch.save(state, folder / name)
+        torch.save(state, folder / "new")  # the old file is mapped
+        (folder / "new").replace(folder / name)
 
     return damage
 

@@ -41,6 +41,13 @@ def test_the_form_of_torch_before_1_6_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.pt")["a"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("data", [b"\x80\x02.", b"\x80\x02K\x01s.", b"\x80\x04\x95", b"\x80\x02}K\x01\x85R.", b""])
+def test_damaged_bytes_are_refused_whatever_they_make_the_unpickler_raise(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.pt can't be read: it is damaged"):
+        read(tmp_path / "a.pt")
+
+
 class Call:
     """What an attacker stores: unpickling it calls a function."""
 
