@@ -56,6 +56,8 @@ def world_from_env(launcher: Launcher, port: int = DEFAULT_PORT) -> tuple[World,
         rank, size, local_rank = 0, 1, 0
         address = None
     if torch.cuda.is_available():
+        if launcher == "slurm" and torch.cuda.device_count() == 1:
+            local_rank = 0  # srun --gpus-per-task=1 shows each process a GPU of its own
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPU(s): "
@@ -118,5 +120,11 @@ def _first_slurm_host(env: Mapping[str, str]) -> str:
     nodes = env.get("SLURM_JOB_NODELIST")
     if nodes is None:
         return "127.0.0.1"
-    listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listing.stdout.splitlines()[0]
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return listing.stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"scontrol, which names the hosts of SLURM_JOB_NODELIST={nodes}, can't be asked ({error}): make it "
+            "available where the job runs, or start torchrun on each node"
+        ) from error
