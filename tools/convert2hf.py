@@ -19,6 +19,8 @@ from internlm.checkpoint.hf_names import LAYOUTS
 from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.data_section import DataConfig
+from internlm.config.rope_section import RopeScaling
+from internlm.config.schema import Config
 from internlm.data.chat import template_of_data
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
 from internlm.utils.errors import UserError, exit_code
@@ -38,6 +40,8 @@ Default: the one that the run was trained with, if its data were conversations, 
 DTYPE_HELP = """dtype of the tensors: float16 (default, as in 2023), bfloat16, float32, or auto: as trained. A bfloat16
 model has values that float16 rounds to zero or cannot hold; the latter are refused, auto keeps every bit."""
 
+ROTARY_HELP = """rotary angles of the export, as in InternEvo's converters: origin, or dynamic for texts longer than
+max_position_embeddings; default: those of the model"""
 VERSION_HELP = """which tensor of a 2023 checkpoint is the output of its feed-forward layers: 1: w3 (InternLM 0.1 to
 0.2.1, InternEvo up to 0.2.3), 2: w2 (InternEvo from 0.3.0 on). Needed only where shapes don't tell."""
 VERSIONS: dict[int | None, Literal["old", "new"]] = {1: "old", 2: "new"}
@@ -57,6 +61,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", help=DTYPE_HELP)
     parser.add_argument("--max_shard", default="10GB", help="largest size of one safetensors file, default 10GB")
     parser.add_argument("--max_pos", type=int, help="max_position_embeddings to write; default: the trained one")
+    parser.add_argument("--rotary_type", choices=["origin", "dynamic"], help=ROTARY_HELP)
+    parser.add_argument("--scaling_factor", type=float, help="factor of --rotary_type dynamic, default 1")
     parser.add_argument("--version", type=int, choices=[1, 2], help=VERSION_HELP)
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, in PEFT's files")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --tgt_folder")
@@ -88,6 +94,7 @@ def convert(arguments: argparse.Namespace) -> None:
             raise UserError(f"--max_pos {arguments.max_pos} must be positive")
         model = config.model.model_copy(update={"max_position_embeddings": arguments.max_pos})
         config = config.model_copy(update={"model": model})
+    config = _with_rotary(config, arguments)
     tokenizer = arguments.tokenizer
     if tokenizer is None and config.data.tokenizer_path and Path(config.data.tokenizer_path).exists():
         tokenizer = config.data.tokenizer_path
@@ -109,6 +116,16 @@ def convert(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         template=template,
     )
+
+
+def _with_rotary(config: Config, arguments: argparse.Namespace) -> Config:
+    kind, factor = arguments.rotary_type, arguments.scaling_factor
+    if factor is not None and (kind != "dynamic" or factor < 1):
+        raise UserError(f"--scaling_factor {factor}: a factor of at least 1, and beside --rotary_type dynamic")
+    if kind is None:
+        return config
+    scaling = RopeScaling(type="dynamic", factor=factor or 1.0) if kind == "dynamic" else None
+    return config.model_copy(update={"model": config.model.model_copy(update={"rope_scaling": scaling})})
 
 
 def template_for(asked: str | None, data: DataConfig, tokenizer: str | None) -> ChatTemplate | None:

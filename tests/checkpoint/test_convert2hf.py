@@ -63,8 +63,11 @@ def test_newest_checkpoint_of_a_run(names: tuple[str, str], tiny_tokenizer: Path
     write_checkpoint(tmp_path / "run" / "checkpoints", "internlm", step=2, vocab_size=512)
     model = write_checkpoint(tmp_path / "run" / "checkpoints", "internlm", step=10, vocab_size=512, num_layers=3)
     arguments = [names[0], str(tmp_path / "run"), names[1], str(tmp_path / "hf"), "--tokenizer", str(tiny_tokenizer)]
-    assert main([*arguments, "--dtype", "float32", "--max_shard", "50KB", "--max_pos", "4096"]) == 0
+    rotary = ["--rotary_type", "dynamic", "--scaling_factor", "2.0"] if names[0] == "--src" else []  # InternEvo's names
+    assert main([*arguments, "--dtype", "float32", "--max_shard", "50KB", "--max_pos", "4096", *rotary]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    scaling = {key: theirs.config.rope_parameters.get(key) for key in ("rope_type", "factor")}
+    assert scaling == ({"rope_type": "dynamic", "factor": 2.0} if rotary else {"rope_type": "default", "factor": None})
     assert theirs.config.num_hidden_layers == 3 and theirs.config.max_position_embeddings == 4096
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 2
     batch = random_batch((30,), 512)
@@ -103,6 +106,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytes
         (["--dtype", "int8"], "--dtype int8 is not known"),
         (["--max_shard", "big"], "10GB"),
         (["--max_pos", "0"], "--max_pos 0"),
+        (["--scaling_factor", "2"], "beside --rotary_type dynamic"),
         (["--arch", "qwen3"], "use the layout llama"),
         (["--tgt", "."], "not empty"),
         (["--version", "1"], "this checkpoint is ours"),
