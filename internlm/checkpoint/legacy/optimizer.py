@@ -151,7 +151,8 @@ class LegacyOptimizer:
 
         Of a model that is fp32 altogether some versions had the parameters in `default`, with an empty group `fp32`.
         """
-        has_fp32 = "fp32" in names and (plan is None or any(plan[names.index("fp32")]))
+        place = names.index("fp32") if "fp32" in names else len(names)
+        has_fp32 = "fp32" in names and (plan is None or any(map(any, plan[place : place + 1])))
         same = [m for m in self.folder.files if (m.tp, m.wp, m.pp) == (file.tp, file.wp, file.pp)]
         if not same:
             raise UserError(f"{self.folder.path} lacks the model file of the rank that wrote {file.name}")
