@@ -1,8 +1,9 @@
-"""What benchmarks/axes.py runs and counts, apart from GPUs."""
+"""What benchmarks/axes.py runs and counts, and benchmarks/numerics.py computes, apart from GPUs."""
 
 import pytest
 
 from benchmarks.axes import ONE, TWO, Case, config_of
+from benchmarks.numerics import table
 from benchmarks.trace import communication_of
 
 
@@ -34,3 +35,10 @@ def test_layouts_are_possible_and_train_on_the_same_rows(case: Case, tiny: bool)
         readers //= size
     assert config.data.micro_num * readers == alone.data.micro_num
     assert config.data.seq_len == alone.data.seq_len and config.data.micro_bsz == alone.data.micro_bsz
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """Seeds that differ by a factor of two, formats by one percent: 1 and 3 % have a mean of 2 and an error of 1."""
+    rows = table({"a": [2.0, 4.0], "b": [2.02, 4.12], "c": [2.0, 4.0]}).splitlines()
+    assert rows[2:4] == ["| a | 3.0000 | +0.00 % | 0.00 % |", "| b | 3.0700 | +2.00 % | 1.00 % |"]
+    assert rows[5].endswith("pooled over the rows: 0.71 %")  # of 1 and 0
