@@ -1,7 +1,7 @@
 """Does a checkpoint fit this run: its model, and the place in its data?"""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +22,10 @@ _ROWS = (
     *("seq_len", "micro_bsz", "packing", "pack_sample_into_one", "min_length", "min_length_dict"),
     *("mixture", "seed"),
 )
+# What may change between two parts of a run, and then changes how it goes on.
+_TRAINING = ("adam", "lr_scheduler", "beta2_scheduler", "grad_scaler", "hybrid_zero_optimizer", "loss")
+_BATCHES = ("total_steps", "micro_num", "rampup_batch_size", "skip_batches")
+
 _FILES = ("train_folder", "tokenizer_path")  # which may have moved: then there are as many rows as before
 
 
@@ -105,6 +109,28 @@ def check_rows(saved: dict[str, Any], saved_rows: int | None, config: Config, nu
             + "\n".join(found)
             + f"\nGo on with the data as it was; or {begin_anew(config, what)}"
         )
+
+
+def tell_changes(saved: dict[str, Any], config: Config, what: str) -> None:
+    """Logs what a resumed run does in another way from here on, so that a forgotten override is noticed.
+
+    `saved` is the checkpoint's config.json. Keys that only one of the two versions of the program knows are left out.
+    """
+    now = config.model_dump(mode="json")
+    then = {name: saved.get(name) for name in _TRAINING} | {"data": saved["data"]}
+    old, new = (dict(_leaves(tree)) for tree in (then, {name: now[name] for name in then}))
+    wanted = [key for key in old if key in new and (not key.startswith("data.") or key.partition(".")[2] in _BATCHES)]
+    changes = [f"{key}: {old[key]} -> {new[key]}" for key in wanted if old[key] != new[key]]
+    if changes:
+        logger.info("%s was written with other settings, which change from here on: %s", what, "; ".join(changes))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def begin_anew(config: Config, what: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from internlm.checkpoint.compare import check_model, check_rows
+from internlm.checkpoint.compare import check_model, check_rows, tell_changes
 from internlm.checkpoint.control import Control
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.legacy.folder import is_legacy_folder
@@ -182,6 +182,8 @@ class Loader:
         everything = "all" in content
         if (everything or "sampler" in content) and saved["train"]["batch_count"]:
             check_rows(config, saved["train"].get("num_rows"), self.config, self.state.num_rows, str(found))
+        if everything:
+            tell_changes(config, self.config, str(found))
         kinds = {"param"} if everything or "model" in content else set()
         if everything or "optimizer" in content:
             kinds |= {"master", "exp_avg", "exp_avg_sq"}

@@ -111,8 +111,11 @@ def test_a_resume_takes_batches_of_any_size_but_no_other_rows(
     arguments = ("--config", config_file, "monitor.enable_tb=False", "data.type=tokenized")
     arguments += (f"ckpt.save_ckpt_folder={tmp_path}/saved here",)
     assert run_main(*arguments, *run, folder, "data.total_steps=2") == 0
-    assert run_main(*arguments, *run, folder, "data.total_steps=3", "data.micro_num=5") == 0
-    assert "batch 2 is next, behind 4 rows (37 an epoch)" in capsys.readouterr().out
+    assert run_main(*arguments, *run, folder, "data.total_steps=3", "data.micro_num=5", "adam.lr=0.5") == 0
+    told = capsys.readouterr().out
+    assert "batch 2 is next, behind 4 rows (37 an epoch)" in told
+    changes = told.partition("which change from here on: ")[2].splitlines()[0].split("; ")
+    assert sorted(changes) == ["adam.lr: 0.01 -> 0.5", "data.micro_num: 2 -> 5", "data.total_steps: 2 -> 3"]
     state = json.loads((tmp_path / "saved here/3/state.json").read_text())
     assert state["train"]["place"] == 9
 
