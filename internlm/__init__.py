@@ -48,6 +48,15 @@ _ROOMS = {
     "load_model": "apis.generate",
 }
 
+# Functions of the 2023 framework that scripts called, and what does their work.
+_OF_2023 = {
+    "initialize_distributed_env": "internlm.launch",
+    "launch_from_slurm": 'internlm.launch("slurm")',
+    "launch_from_torch": "internlm.launch",
+    "get_default_parser": "train.py",
+    "initialize_trainer": "internlm.Trainer",
+}
+
 __all__ = [  # noqa: RUF022 (the order of a script)
     "load_config",
     "launch",
@@ -71,6 +80,8 @@ __all__ = [  # noqa: RUF022 (the order of a script)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_2023:
+        raise AttributeError(f"internlm.{name} is of the framework of 2023; see doc/library.md for {_OF_2023[name]}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'internlm' has no attribute {name!r}")
     value = getattr(import_module(f"internlm.{_ROOMS[name]}"), name)

@@ -115,7 +115,8 @@ def test_what_was_detected_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     old.write(tmp_path / "7", generation, old.random_weights(generation))
     with caplog.at_level("INFO", "internlm"):
         LegacyReader(tmp_path / "7")
-    assert "keys start with 'model.', gate w1, up w2, down w3" in caplog.text
+        LegacyReader(tmp_path / "7")  # looked at before ranks start, and opened to be loaded
+    assert caplog.text.count("keys start with 'model.', gate w1, up w2, down w3") == 1
     assert "tensor size 2" in caplog.text
 
 

@@ -269,3 +269,5 @@ def test_public_names_agree() -> None:
     assert set(internlm.__all__) == set(internlm._ROOMS) == typed
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = internlm.no_such_name
+    with pytest.raises(AttributeError, match=r"of 2023; see doc/library\.md for internlm\.Trainer"):
+        _ = internlm.initialize_trainer

@@ -16,7 +16,7 @@ from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.legacy.tables import EXPERTS, MLP_NAMES, Row, generic, rows
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import UserError
-from internlm.utils.logger import get_logger
+from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
 
@@ -223,12 +223,13 @@ class LegacyFolder:
 
     def _report(self) -> None:
         facts, names = self.facts, MLP_NAMES[self.facts.mlp]
-        logger.info(
+        log_once(  # the folder is opened before ranks start, and again to be loaded
+            logger,
             f"{self.path}: {facts.model_type} of 2023, {facts.num_layers} layers of {facts.hidden_size}"
             f"{f' with {self.num_experts} experts' if self.num_experts > 1 else ''}, tensor size {self.tensor_size}, "
             f"weight size {self.weight_size}, {self.num_stages} stage(s); detected: keys start "
             f"with {self.prefix!r}, gate {names['gate']}, up {names['up']}, down {names['down']}, embedding cut along "
-            f"its {'columns' if facts.split_hidden else 'rows'}"
+            f"its {'columns' if facts.split_hidden else 'rows'}",
         )
 
     # -- tensors ------------------------------------------------------------------------------------------------
