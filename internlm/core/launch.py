@@ -14,7 +14,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from internlm.utils.environment import attempt
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
@@ -83,14 +85,23 @@ def launch(launcher: Launcher = "torch", port: int = DEFAULT_PORT) -> Iterator[W
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if backend == "nccl" else None
-    # Port 0: the system chooses as the store binds; a port looked up before might be another process's by then.
-    store = None if address else dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=TIMEOUT)
-    dist.init_process_group(backend, address, TIMEOUT, world.size, world.rank, store, device_id=device_id)
+    store = _store(address, world)
+    dist.init_process_group(backend, None, TIMEOUT, world.size, world.rank, store, device_id=device_id)
     logger.info("launched %d rank(s) by %s on %s with %s", world.size, launcher, world.device.type, backend)
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _store(address: str | None, world: World) -> dist.Store:
+    """Where the ranks find each other."""
+    if not address:
+        # Port 0: the system chooses as the store binds; a port looked up before might be another process's by then.
+        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=TIMEOUT)
+    store, _, _ = next(rendezvous(address, world.rank, world.size, timeout=TIMEOUT))
+    # After a restart torchrun's store still holds the addresses of the ranks that died (torch 2.13, static rendezvous).
+    return dist.PrefixStore(f"attempt {attempt()}", store)
 
 
 @contextmanager

@@ -20,6 +20,11 @@ def launched_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def attempt() -> str:
+    """Which start of this job by torchrun this is; "" where there is one only, or where nodes count for themselves."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
+
+
 def set_default(name: str, value: str) -> None:
     """Sets a variable for a library that has no other switch. A value set by the user stays."""
     os.environ.setdefault(name, value)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from internlm.core.launch import world_from_env
+from internlm.core.launch import launch, world_from_env
 from internlm.utils.errors import UserError
 
 
@@ -31,3 +32,19 @@ def test_the_launch_line_of_2023(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UserError, match="SLURM_PROCID is missing: start with srun"):
         monkeypatch.delenv("SLURM_PROCID")
         world_from_env("slurm")
+
+
+def test_ranks_that_are_started_again_find_no_addresses_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps its store over restarts, and gloo would look for the ranks of the attempt before."""
+    agent = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    keys = []
+    for count in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        before = agent.num_keys()
+        with launch():
+            pass
+        keys.append(agent.num_keys() - before)
+    assert keys[0] == keys[1] > 0  # all of them new
