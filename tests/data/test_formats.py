@@ -11,6 +11,7 @@ import pytest
 
 from internlm.data import formats
 from internlm.data.formats import MegatronFile, TokenizedFile, min_length_of
+from internlm.data.loader import build_train_loader
 from internlm.data.sources import open_train, open_valid
 from internlm.data.synthetic import DummyFile, SyntheticFile
 from internlm.utils.errors import UserError
@@ -165,6 +166,20 @@ def test_damaged_megatron_is_refused(tmp_path: Path) -> None:
     Path(f"{prefix}.idx").unlink()
     with pytest.raises(UserError, match=r"a\.idx: no such file"):
         MegatronFile(prefix)
+
+
+def test_data_that_goes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    prefix = write_megatron(tmp_path / "a", [[[1, 2, 3]], [[4]]])
+    file = MegatronFile(prefix)
+    os.truncate(f"{prefix}.bin", 12)
+    with pytest.raises(UserError, match=r"a\.bin, sequence 1: 0 of its 4 bytes are there"):
+        file.tokens(1)  # less would silently shift what follows
+    path = write_bin(tmp_path / "en/b.bin", [[5] * 60] * 20)
+    loader = build_train_loader(make_config(train_folder=str(tmp_path / "en")), 0, 1)
+    path.unlink()
+    formats._handles.cache_clear()
+    with pytest.raises(UserError, match=r"the data can't be read any more: .*b\.bin"):
+        next(iter(loader))
 
 
 def test_dummy_data_is_that_of_2023() -> None:
