@@ -25,10 +25,10 @@ EXIT_SIGINT, EXIT_SIGTERM = 128 + 2, 128 + 15
 PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
 
 OUT_OF_MEMORY = """
-out of memory: what a rank needs is told by `train.py ... --dry_run --world_size N`. To need less, in this order: lower
-data.micro_bsz or data.seq_len (and raise data.micro_num for the same batch); model.checkpoint=True recomputes
-activations; parallel.gradient.size=-1 and parallel.weight.size=-1 share gradients and parameters among the ranks;
-parallel.tensor.size or parallel.pipeline.size cut the model; lora trains less of it. The same command then resumes."""
+out of memory: `train.py ... --dry_run --world_size N` tells what a rank needs. To need less: model.checkpoint=True
+recomputes activations; parallel.gradient.size=-1 and parallel.weight.size=-1 share gradients and parameters among the
+ranks; parallel.tensor.size or parallel.pipeline.size cut the model. A run with checkpoints goes on with all of these.
+A new one may also lower data.micro_bsz or data.seq_len (with a higher data.micro_num for the same batch)."""
 
 # Flags of 2023 that never did anything in train.py, with what decides instead.
 _WITHOUT_EFFECT = {
