@@ -70,7 +70,13 @@ class NativeReader:
         if shape is None:
             raise UserError(f"{self.path} has no parameter {name}")
         whole = tuple((0, size) for size in shape)
-        return self._index.read(Piece(name, "param", shape, whole, True, lambda: torch.empty(0), lambda value: None))
+        piece = Piece(name, "param", shape, whole, True, lambda: torch.empty(0), lambda value: None)
+        try:
+            return self._index.read(piece)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.path} was removed while it was read, probably by its run (ckpt.keep_last): start again"
+            ) from error
 
 
 def _model_files(manifest: Manifest) -> list[str]:

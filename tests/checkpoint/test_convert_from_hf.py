@@ -44,7 +44,11 @@ def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "ckpt")]) == 2
     assert "holds checkpoints already" in capsys.readouterr().err
     assert main(["--src", str(tmp_path / "ckpt"), "--tgt", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
-    assert NativeReader(tmp_path / "half").read("layers.1.attention.wo.weight").dtype == torch.bfloat16
+    reader = NativeReader(tmp_path / "half")
+    assert reader.read("layers.1.attention.wo.weight").dtype == torch.bfloat16
+    (tmp_path / "half/0").rename(tmp_path / "half/0.tmp-removed")
+    with pytest.raises(UserError, match=r"half/0 was removed while it was read, probably by its run \(ckpt.keep_last"):
+        reader.read("layers.1.attention.wo.weight")
 
 
 @pytest.mark.parametrize(
