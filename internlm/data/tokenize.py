@@ -116,7 +116,16 @@ def _value(line: str, text_key: str) -> tuple[str, str]:
         return "", f"broken JSON ({error}): {line.strip()[:60]}"
     if not isinstance(element, dict) or not isinstance(element.get(text_key), str):
         return "", f'expected an object with a string under "{text_key}": {line.strip()[:60]}'
-    return element[text_key], ""
+    return element[text_key], _half_character(element[text_key]) if "\\u" in line else ""
+
+
+def _half_character(text: str) -> str:
+    """What is wrong with a text that UTF-8 can't hold, which only an escape such as \\ud800 makes; else empty."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character (a lone surrogate), {text[error.start]!r}; mend or leave out the text."
+    return ""
 
 
 def _json_tasks(path: Path, text_key: str | None) -> Iterator[Task]:
@@ -129,6 +138,8 @@ def _json_tasks(path: Path, text_key: str | None) -> Iterator[Task]:
             texts.append(element[text_key])
         else:
             raise UserError(f'{path}, element {number + 1}: expected an object with a string under "{text_key}".')
+        if problem := _half_character(texts[-1]):
+            raise UserError(f"{path}, element {number + 1}: {problem}")
         weight += len(texts[-1])
         if weight >= PIECE_BYTES:
             yield Task(str(path), "json", done, end - done, tuple(texts), first)

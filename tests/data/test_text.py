@@ -152,6 +152,8 @@ def test_json_tool(tmp_path: Path, tokenizer: Path) -> None:
             ("--text_key", "text"),
             "line 3: expected an object with a string",
         ),
+        ("a.jsonl", b'{"t": "x"}\n{"t": "\\ud800 y"}\n', ("--text_key", "t"), "line 2: half a character"),
+        ("a.json", b'[{"t": "x"}, {"t": "\\ud800 y"}]', ("--text_key", "t"), "a.json, element 2: half a character"),
         ("a.txt", b"abc\nd\xffe\n", (), "a.txt, line 2: not UTF-8"),
         ("b.json", b'["\xff"]', (), "b.json: not UTF-8"),
         ("a.json", b'{"text": "x"}', (), "a.json: a .json file must hold one list"),
