@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from internlm.apis.batching import BusyError
 from internlm.apis.chat import ChatModel, Conversation, ReplyOptions
@@ -74,6 +75,8 @@ def open_server(arguments: tuple[str, ...]) -> Server:
 
 
 def main() -> None:
+    if get_script_run_ctx(suppress_warning=True) is None:
+        sys.exit("a page needs its server: streamlit run web_demo.py -- --model PATH (--help instead shows more)")
     st.set_page_config(page_title="internlm chat", page_icon="💬")
     arguments = tuple(sys.argv[1:])
     try:

@@ -3,6 +3,8 @@
 They are SVG files in doc/pictures/.
 """
 
+import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -166,6 +168,8 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """Write all pictures."""
+    argparse.ArgumentParser(description="Draws the pictures of the documentation into doc/pictures/.").parse_args()
+    os.chdir(ROOT)  # where the config's own paths start
     FOLDER.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         (FOLDER / name).write_text(draw(), encoding="utf-8")
