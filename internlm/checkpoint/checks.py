@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from internlm.checkpoint.compare import check_model
 from internlm.checkpoint.hf import HFReader
-from internlm.checkpoint.legacy.resume import look_at_legacy, newest_legacy_folder
+from internlm.checkpoint.legacy.resume import check_legacy, newest_legacy_folder
 from internlm.checkpoint.loading import place_of, refusal
 from internlm.checkpoint.manifest import BrokenCheckpointError, read_manifest
 from internlm.checkpoint.storage import Storage
@@ -86,7 +86,7 @@ def _check_start(info: LoadConfig, config: Config) -> None:
         HFReader(info.path, config.model)
     elif (legacy := newest_legacy_folder(info.path)) is not None:
         if Storage(legacy).is_local:  # where files are mapped; from elsewhere they would be fetched whole
-            look_at_legacy(legacy, info.content, config)
+            check_legacy(legacy, info.content, config)
     else:
         storage, folder = place_of(info.path)
         try:

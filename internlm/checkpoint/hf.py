@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.hf_config import check_same, config_json, model_of, model_section, preset_of
-from internlm.checkpoint.hf_files import TensorFiles, read_json
+from internlm.checkpoint.hf_files import TensorFiles
 from internlm.checkpoint.hf_names import (
     Entry,
     check_layout,
@@ -33,7 +33,7 @@ from internlm.checkpoint.tensor_file import stream_tensors
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError, writing
-from internlm.utils.json_files import write_json
+from internlm.utils.json_files import parse_object, write_json
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -188,8 +188,8 @@ class HFReader:
         self._storage = Storage(self.folder)
         if "config.json" not in self._storage.names():
             raise UserError(f"{self.folder} holds no config.json; give a folder in Hugging Face format")
-        self._hf = read_json(self._storage, "config.json")
         file = self._storage.show("config.json")
+        self._hf = parse_object(self._storage.read("config.json"), file)
         section = model_section(self._hf, file)
         if model is not None:
             check_same(model, section, file)

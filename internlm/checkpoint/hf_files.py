@@ -3,7 +3,6 @@
 Pickles go through the unpickler that checkpoints of 2023 go through, which runs nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import TensorEntry, read_header, read_slice
 from internlm.utils.errors import UserError
+from internlm.utils.json_files import parse_object
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -72,7 +72,7 @@ class TensorFiles:
 
     def _indexed(self, index: str, names: list[str]) -> dict[str, str]:
         self._index = index
-        files = read_json(self._storage, index).get("weight_map")
+        files = parse_object(self._storage.read(index), self._storage.show(index)).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise UserError(f"{self._storage.show(index)} has no weight_map of tensors and files; fetch it again")
         if outside := [file for file in files.values() if file != Path(file).name]:
@@ -105,14 +105,3 @@ class TensorFiles:
                     "tensors belong; the file is damaged, or another program wrote it"
                 )
         return content
-
-
-def read_json(storage: Storage, name: str) -> dict[str, Any]:
-    """The object in a JSON file of the folder. Raises UserError."""
-    try:
-        value = json.loads(storage.read(name))
-    except ValueError as error:  # also bytes that are no text
-        raise UserError(f"{storage.show(name)} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{storage.show(name)} holds no JSON object; fetch it again")
-    return value

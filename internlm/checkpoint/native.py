@@ -1,6 +1,5 @@
 """Whole parameters out of a native checkpoint, without a process group: for export and generation."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from internlm.config.schema import Config
 from internlm.model.lora import merged
 from internlm.solver.pieces import Piece
 from internlm.utils.errors import UserError
+from internlm.utils.json_files import parse_object
 from internlm.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -130,8 +130,5 @@ def is_hf_folder(folder: str | Path) -> bool:
     storage = Storage(str(folder))
     if "config.json" not in storage.names():
         return False
-    try:
-        about = json.loads(storage.read("config.json"))
-    except ValueError as error:
-        raise UserError(f"{storage.show('config.json')} is not JSON: {error}") from error
-    return isinstance(about, dict) and "model_type" in about and "model" not in about
+    about = parse_object(storage.read("config.json"), storage.show("config.json"))
+    return "model_type" in about and "model" not in about

@@ -1,6 +1,7 @@
 """Real training in a worker pool: the whole path of train.py, and what is left of it in checkpoints."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
+from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.reference import build_reference
 from internlm.checkpoint.shards import parse_key
+from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
@@ -153,3 +156,15 @@ def contents(folder: Path) -> dict[str, Any]:
 def random_states(folder: Path) -> dict[str, bytes]:
     """States of the random generators, by rank's file."""
     return {path.name: load_file(path)["cpu"].numpy().tobytes() for path in sorted(folder.glob("rng-*.safetensors"))}
+
+
+def edited(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Damage to a folder of 2023: `change` is given what its pickle `name` holds."""
+
+    def damage(folder: Path) -> None:
+        state = read_pickle(Storage(str(folder)), name)
+        change(state)
+        torch.save(state, folder / "new")  # the old file is mapped
+        (folder / "new").replace(folder / name)
+
+    return damage

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from internlm.checkpoint.hf import export_hf
-from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.legacy.reader import LegacyReader
-from internlm.checkpoint.storage import Storage
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
+from tests.checkpoint.runs import edited
 from tests.model.tiny import random_batch
 
 MODELS: dict[str, old.Generation] = {
@@ -149,16 +148,6 @@ def _without(*names: str) -> Any:
     return damage
 
 
-def _edit(name: str, change: Any) -> Any:
-    def damage(folder: Path) -> None:
-        state = read_pickle(Storage(str(folder)), name)
-        change(state)
-        torch.save(state, folder / "new")  # the old file is mapped
-        (folder / "new").replace(folder / name)
-
-    return damage
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -167,10 +156,10 @@ def _edit(name: str, change: Any) -> Any:
         (_without("model_tp0_pp1.pt", "model_tp1_pp1.pt"), r"lacks norm\.weight"),
         (_without("model_config.pt"), "has no model_config.pt"),
         (_without("optimizer_tp1_pp0_zo1.pt"), "zero rank's file is missing"),
-        (_edit("model_tp1_pp0.pt", lambda s: s.pop("model.blocks.0.mlp.w1.weight")), "which other ranks have"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({"blocks.0.x": torch.ones(1)})), "of two generations"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.0.x": torch.ones(1)})), "is no part of INTERNLM"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.9.norm1.weight": torch.ones(1)})), "counts them"),
+        (edited("model_tp1_pp0.pt", lambda s: s.pop("model.blocks.0.mlp.w1.weight")), "which other ranks have"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({"blocks.0.x": torch.ones(1)})), "of two generations"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.0.x": torch.ones(1)})), "is no part of INTERNLM"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({"model.blocks.9.norm1.weight": torch.ones(1)})), "counts them"),
         (lambda folder: (folder / "model_tp0_pp0_dp0.pt").touch(), "FSDP"),
         (lambda folder: (folder / "model_moe_layer0_expert0_tp0.pt").touch(), "they are of a dense model"),
         (lambda folder: (folder / "model_tp0_wp0_pp0.pt").touch(), "mixes model files"),
@@ -178,12 +167,15 @@ def _edit(name: str, change: Any) -> Any:
         (lambda folder: torch.save([1], folder / "model_config.pt"), "holds a list"),
         (lambda folder: torch.save([1], folder / "model_tp0_pp0.pt"), "holds a list"),
         (lambda folder: os.truncate(folder / "model_tp1_pp0.pt", 5000), r"model_tp1_pp0\.pt can't be read"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({5: torch.ones(1)})), "holds 5: a Tensor"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({MLP: None})), f"{MLP}': a NoneType"),
-        (_edit("model_tp0_pp0.pt", lambda s: s.update({MLP: torch.ones(3)})), r"is \[3\], it needs 2 dimension"),
-        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: "text"})), f"{MLP}': a str"),
-        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP][0]})), f"{MLP} has shapes .* that don't join"),
-        (_edit("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP].double()})), f"{MLP} is torch.* on different ranks"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({5: torch.ones(1)})), "holds 5: a Tensor"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({MLP: None})), f"{MLP}': a NoneType"),
+        (edited("model_tp0_pp0.pt", lambda s: s.update({MLP: torch.ones(3)})), r"is \[3\], it needs 2 dimension"),
+        (edited("model_tp1_pp0.pt", lambda s: s.update({MLP: "text"})), f"{MLP}': a str"),
+        (edited("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP][0]})), f"{MLP} has shapes .* that don't join"),
+        (
+            edited("model_tp1_pp0.pt", lambda s: s.update({MLP: s[MLP].double()})),
+            f"{MLP} is torch.* on different ranks",
+        ),
     ],
 )
 def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:
@@ -216,9 +208,9 @@ EXPERT = "model_moe_layer1_expert3_tp0.pt"
             ),
             "of different runs",
         ),
-        (_edit(EXPERT, lambda s: s.popitem()), "lacks .*w3.weight"),
-        (_edit("model_config.pt", lambda s: s.update(num_experts=8)), "model_config.pt says num_experts=8"),
-        (_edit("model_config.pt", lambda s: s.pop("moe_gate_k")), "--top_k"),
+        (edited(EXPERT, lambda s: s.popitem()), "lacks .*w3.weight"),
+        (edited("model_config.pt", lambda s: s.update(num_experts=8)), "model_config.pt says num_experts=8"),
+        (edited("model_config.pt", lambda s: s.pop("moe_gate_k")), "--top_k"),
         (_without("optimizer_tp0_pp0_zo3.pt"), "zero rank's file is missing"),
     ],
 )

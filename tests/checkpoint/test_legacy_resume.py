@@ -10,16 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from internlm.checkpoint.checks import find_checkpoint_problems
-from internlm.checkpoint.legacy.pickles import read_pickle
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.legacy.resume import check_batches
 from internlm.checkpoint.native import NativeReader, open_checkpoint
-from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config, LoraConfig
 from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
 from tests.checkpoint.numbers_2023 import numbered, under_generators_names
-from tests.checkpoint.runs import contents, global_tensors, train
+from tests.checkpoint.runs import contents, edited, global_tensors, train
 from tests.pool import run_ranks
 from tools.convert2hf import main
 
@@ -187,16 +185,6 @@ def test_content_is_what_is_taken(tmp_path: Path) -> None:
         run_ranks(1, save_what_was_loaded, adapters, tmp_path / "refused")
 
 
-def _edit(name: str, change: Any) -> Any:
-    def damage(folder: Path) -> None:
-        state = read_pickle(Storage(str(folder)), name)
-        change(state)
-        torch.save(state, folder / "new")  # the old file is mapped
-        (folder / "new").replace(folder / name)
-
-    return damage
-
-
 def _shorten(state: Any) -> None:
     state["base_optim_states"]["state"][0]["exp_avg"] = torch.ones(3)
 
@@ -208,15 +196,15 @@ def _reverse(state: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_edit("context.pt", lambda s: s.pop("batch_count")), r"context\.pt: batch_count is missing"),
-        (_edit("context.pt", lambda s: s.update(step_count="7")), r"context\.pt: step_count is a str"),
+        (edited("context.pt", lambda s: s.pop("batch_count")), r"context\.pt: batch_count is missing"),
+        (edited("context.pt", lambda s: s.update(step_count="7")), r"context\.pt: step_count is a str"),
         (lambda folder: (folder / "context.pt").unlink(), "has no context.pt, .* leave sampler and scheduler out"),
-        (_edit("optimizer_tp1_pp0_zo0.pt", lambda s: s.pop("flat_fp32_weights")), "flat_fp32_weights is missing"),
-        (_edit("optimizer_tp0_pp0_zo0.pt", lambda s: s["grad_scaler"].clear()), "grad_scaler: _scale is missing"),
-        (_edit("optimizer_tp0_pp0_zo1.pt", lambda s: s["zero_devide_optim_plan"].pop()), "plan is of 1 groups"),
-        (_edit("optimizer_tp0_pp0_zo1.pt", _shorten), r"exp_avg of group 0 is not as long as its masters"),
+        (edited("optimizer_tp1_pp0_zo0.pt", lambda s: s.pop("flat_fp32_weights")), "flat_fp32_weights is missing"),
+        (edited("optimizer_tp0_pp0_zo0.pt", lambda s: s["grad_scaler"].clear()), "grad_scaler: _scale is missing"),
+        (edited("optimizer_tp0_pp0_zo1.pt", lambda s: s["zero_devide_optim_plan"].pop()), "plan is of 1 groups"),
+        (edited("optimizer_tp0_pp0_zo1.pt", _shorten), r"exp_avg of group 0 is not as long as its masters"),
         (  # in another order: nothing else would tell
-            _edit("optimizer_tp1_pp1_zo0.pt", _reverse),
+            edited("optimizer_tp1_pp1_zo0.pt", _reverse),
             r"master of .* is not what model_tp1_pp1\.pt holds in torch\.bfloat16(.|\n)*of different steps",
         ),
     ],

@@ -49,7 +49,7 @@ def newest_legacy_folder(url: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def look_at_legacy(path: str, content: Sequence[str], config: Config) -> None:
+def check_legacy(path: str, content: Sequence[str], config: Config) -> None:
     """Raises UserError for what `load_legacy` would refuse, as far as names, shapes and plans tell it."""
     reader = LegacyReader(path, run=config)
     if {"all", "optimizer"} & set(content) and config.lora is None:
