@@ -1,12 +1,13 @@
 """Every parallel axis on two GPUs beside one GPU: prints the table of axes in benchmarks/README.md.
 
-    python benchmarks/axes.py [--out FOLDER] [--only PATTERN] [--tiny]
+    python benchmarks/axes.py [--out FOLDER] [--only PATTERN] [--share] [--tiny]
 
 Each layout trains on the same random rows from the same weights as one GPU does, at a constant learning rate, by
 train.py's own trainer. Afterwards one more step is traced: communication counts as hidden while another kernel runs.
 Layouts run one after the other in the same two processes, so that there is one start; those of one GPU run before them,
-two at a time, one on each GPU. What FOLDER has results of is not run again. `--tiny` tries all of it with small models,
-on a CPU too.
+two at a time, one on each GPU. What FOLDER has results of is not run again. `--share` compares losses where there is
+one GPU: the two processes share it, and NCCL sends by sockets, since each says that it is on a host of its own; their
+speed means nothing. `--tiny` tries all of it with small models, on a CPU too.
 """
 
 import argparse
@@ -96,13 +97,13 @@ class Model:
     overrides: list[str]
     rows: int  # of a step
     steps: int = 20
-    lr: float = 3e-4
+    lr: float = 1e-4  # at 3e-4 without warm-up rounding decides the losses: moe's gradient norms reach 100
     warm_up: int = 5  # steps left out of the medians
 
 
 MODELS = {
     "dense": Model(ROOT / "configs" / "1.8B_internlm2.py", DENSE, rows=4),
-    "moe": Model(MOE, [], rows=4, lr=1e-4),  # at 3e-4 without warm-up one GPU's gradient norms reach 100
+    "moe": Model(MOE, [], rows=4),
     "dense 64k": Model(ROOT / "configs" / "1.8B_internlm2.py", LONG, rows=1, steps=3, warm_up=1),
     "7B": Model(ROOT / "configs" / "7B_sft.py", [*DENSE, "parallel.zero1.size=-1"], rows=4, steps=8, warm_up=3),
 }
@@ -249,13 +250,31 @@ def work(cases: Sequence[Case], tiny: bool, folder: Path) -> None:
 # -- the process that starts them -------------------------------------------------------------------------------------
 
 
-def start(cases: Sequence[Case], num_gpus: int, tiny: bool, folder: Path, first_gpu: int = 0) -> subprocess.Popen:
+SOCKETS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_SOCKET_NTHREADS": "4", "NCCL_NSOCKS_PERTHREAD": "4"}
+
+
+def share_gpu() -> None:
+    """Before `launch`: this process is alone on its host, as NCCL sees it, and uses the first GPU."""
+    os.environ.update(SOCKETS, NCCL_HOSTID=f"host {os.environ['RANK']}", LOCAL_RANK="0")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How processes are started."""
+
+    folder: Path
+    tiny: bool
+    share: bool
+
+
+def start(how: Start, cases: Sequence[Case], num_ranks: int, first_gpu: int = 0) -> subprocess.Popen:
     keys = [word for case in cases for word in ("--case", case.key)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
-    gpus = ",".join(str(first_gpu + index) for index in range(num_gpus))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    gpus = "0" if how.share else ",".join(str(first_gpu + index) for index in range(num_ranks))
+    tiny, folder = how.tiny, how.folder
     log = (folder / f"log-{cases[0].key}.txt".replace(" ", "_")).open("w")
     return subprocess.Popen(
-        [*command, __file__, "--out", str(folder), *keys, *["--tiny"] * tiny],
+        [*command, __file__, "--out", str(folder), *keys, *["--tiny"] * tiny, *["--share"] * how.share],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": "1" if tiny else "8"},
         stdout=log,
@@ -269,16 +288,16 @@ def results_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {result["key"]: result for result in map(json.loads, lines)}
 
 
-def run_all(one: Sequence[Case], two: Sequence[Case], tiny: bool, folder: Path) -> None:
+def run_all(how: Start, one: Sequence[Case], two: Sequence[Case]) -> None:
     """All cases; one that fails is left out, and the rest go on in new processes."""
-    one = [case for case in one if case.key not in results_in(folder)]
+    one = [case for case in one if case.key not in results_in(how.folder)]
     gpus = [[case for case in one if case.model != "dense 64k"], [case for case in one if case.model == "dense 64k"]]
-    for process in [start(cases, 1, tiny, folder, gpu) for gpu, cases in enumerate(gpus) if cases]:
+    for process in [start(how, cases, 1, gpu) for gpu, cases in enumerate(gpus) if cases]:
         process.wait(60 * MINUTES)
-    left = [case for case in two if case.key not in results_in(folder)]
+    left = [case for case in two if case.key not in results_in(how.folder)]
     while left:
-        start(left, 2, tiny, folder).wait(60 * MINUTES)
-        done = results_in(folder)
+        start(how, left, 2).wait(60 * MINUTES)
+        done = results_in(how.folder)
         first = next((index for index, case in enumerate(left) if case.key not in done), len(left))
         left = left[first + 1 :]
 
@@ -310,17 +329,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of results, traces and logs (default: a temporary one)")
     parser.add_argument("--only", default=".", help="regular expression for the names of cases")
+    parser.add_argument("--share", action="store_true", help="two processes on one GPU: for losses, not for speed")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     parser.add_argument("--case", action="append", help=argparse.SUPPRESS)  # of a process started by this script
     options = parser.parse_args()
     by_key = {case.key: case for case in (*ONE, *TWO)}
     if options.case:
+        if options.share:
+            share_gpu()
         work([by_key[key] for key in options.case], options.tiny, options.out)
         return
     folder = options.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     one, two = ([case for case in cases if re.search(options.only, case.key)] for cases in (ONE, TWO))
-    run_all(one, two, options.tiny, folder)
+    run_all(Start(folder, options.tiny, options.share), one, two)
     print(table(results_in(folder)))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
+from internlm.solver import grad_norm
 from tests.pool import run_ranks
 from tests.solver.tiny import (
     BETA2,
@@ -76,6 +77,15 @@ def test_two_ranks_agree_bit_for_bit_however_the_states_are_cut(accumulation: in
     assert others
     for other in others:
         assert difference(first, other) == {"loss": 0.0, "norm": 0.0, "parameters": 0.0}
+
+
+@pytest.mark.parametrize("size", [0, 5, 4096, 4097, 100_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_squares_added_by_rows(size: int, dtype: torch.dtype) -> None:
+    values = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3).to(dtype)
+    found = grad_norm._sum_by_rows(values)  # what GPUs do
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(float(values.double().square().sum()), rel=5e-6)
 
 
 @pytest.mark.parametrize("option", ["tied", "fp32_norm", "grad_fp32", "no_overlap_reduce", "no_overlap_gather"])
