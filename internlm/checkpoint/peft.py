@@ -32,18 +32,22 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", for
         raise UserError(f"{reader.path} has no adapter: its run had no lora section")
     layout = default_layout(model)
     tensors: dict[str, Tensor] = {}
-    modules = set()
+    modules, others = set(), set()
     for entry in entries(layout, native_shapes(model)):
         place, _, kind = entry.native.rpartition(".")
+        name = entry.name.removesuffix(".weight")
         if kind != "weight" or not reader.has(f"{place}.lora_a"):
+            others.add(name)
             continue
         rows = reader.read(f"{place}.lora_b")
         if model.qk_interleaved:
             rows = to_half_split(entry.native, rows)
-        name = entry.name.removesuffix(".weight")
-        modules.add(name.rpartition(".")[2])
+        modules.add(name)
         tensors[f"base_model.model.{name}.lora_A.weight"] = reader.read(f"{place}.lora_a").clone()
         tensors[f"base_model.model.{name}.lora_B.weight"] = rows[entry.index].reshape(-1, lora.rank).contiguous()
+    kinds = {_kind(name) for name in modules}
+    if kinds.isdisjoint(map(_kind, others)):  # else PEFT would put untrained adapters there as well
+        modules = kinds
     if not _has_layout(base, layout):
         logger.warning(
             f"base_model_name_or_path stays empty: {base or 'the base'} has other names of layers. Load the adapter on "
@@ -67,6 +71,11 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", for
     }
     write_json(folder / config_file, settings)
     logger.info(f"exported the adapter to {folder}: {len(tensors)} tensors for {', '.join(sorted(modules))}")
+
+
+def _kind(name: str) -> str:
+    """What PEFT finds modules of all layers by: "q_proj"."""
+    return name.rpartition(".")[2]
 
 
 def _has_layout(base: str, layout: str) -> bool:

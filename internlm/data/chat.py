@@ -208,7 +208,10 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     """The samples of a jsonl, json, parquet or arrow file. Raises UserError naming the file and line that is broken."""
     template = recipe.template
     parts = (
-        *("chat, guarded and chosen turns", *(content_hash(file) for file in tokenizer_files(recipe.tokenizer))),
+        *(
+            "chat, guarded and chosen turns, no nulls of tables",
+            *(content_hash(file) for file in tokenizer_files(recipe.tokenizer)),
+        ),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
         *(recipe.train_on, str(recipe.max_length), str(recipe.long_samples), str(recipe.pairs)),
     )
@@ -237,11 +240,18 @@ def chat_tasks(path: Path) -> Iterator[Task]:
     if path.suffix in (".parquet", ".arrow"):
         first = 0
         for rows in _table_rows(path):
-            texts = tuple(json.dumps(row, ensure_ascii=False) for row in rows)
+            texts = tuple(json.dumps(_without_nulls(row), ensure_ascii=False) for row in rows)
             yield Task(str(path), "json", texts=texts, first=first)
             first += len(texts)
     else:
         yield from tasks_of(path, None)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's value as it was before: all objects of a column have the keys of each, null where one had none."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:

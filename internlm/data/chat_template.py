@@ -234,29 +234,30 @@ def with_marks(template: ChatTemplate) -> ChatTemplate:
     """The template itself, or, where it lacks generation marks, the built-in one that writes the same texts."""
     if template.marks_answers:
         return template
-    probes: list[list[Message]] = [
-        [
-            Message("user", "one"),
-            Message("assistant", " two\n"),
-            Message("user", "three"),
-            Message("assistant", "four"),
-        ],
-        [Message("system", "zero"), Message("user", "one"), Message("assistant", "two")],
+    asked = [Message("user", "\tone "), Message("assistant", " two\n")]  # blanks show what is trimmed
+    probes: list[tuple[list[Message], list[dict[str, Any]]]] = [
+        ([*asked, Message("user", "three"), Message("assistant", "four")], []),
+        ([Message("system", " zero\n"), *asked], []),
     ]
+    if "tools" in template.source:
+        function = {"name": "f", "description": "é", "parameters": {"type": "object", "properties": {}}}
+        probes.append((asked, [{"type": "function", "function": function}]))
     if "tool_calls" in template.source:
-        call = ToolCall("f", {"x": "é"})
-        probes.append([Message("user", "one"), Message("assistant", tool_calls=(call,)), Message("tool", "two")])
+        calls, results = (ToolCall("f", {"x": "é"}), ToolCall("g", {})), [Message("tool", "\n2"), Message("tool", "3 ")]
+        probes += [([*asked[:1], Message("assistant", said, tool_calls=calls), *results], []) for said in ("", "so ")]
     for known in BUILT_IN.values():
         marked = replace(template, source=known.source)
-        if all(_text_or_none(template, probe) == _text_or_none(marked, probe) for probe in probes):
+        if all(_text_or_none(template, *probe) == _text_or_none(marked, *probe) for probe in probes):
             logger.info(f"chat template {template.name} has no generation marks; {known.name} writes the same and has")
             return marked
     return template
 
 
-def _text_or_none(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+def _text_or_none(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> str | None:
     try:
-        return template.render(messages)
+        return template.render(messages, tools=tools or None)
     except UserError:
         return None
 

@@ -48,6 +48,8 @@ class Message:
         calls = value.get("tool_calls") or []
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise UserError(f'"tool_calls" is {short(calls)}; expected a list.')
+        if value.get("function_call") is not None:
+            raise UserError('"function_call" is an earlier form of "tool_calls": write [{"function": ...}] there.')
         if value.get("content") is None and not calls:
             raise UserError(f'a turn without "content" (or "tool_calls"): {short(value)}.')
         return Message(

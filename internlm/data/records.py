@@ -69,7 +69,7 @@ def record_of(value: Mapping[str, Any]) -> Record:
     if value.get("instruction") is not None:
         return _alpaca(value)
     if value.get("completion") is not None:
-        return _joined(value.get("prompt", ""), value["completion"], value, "completion")
+        return _joined(value.get("prompt") or "", value["completion"], value, "completion")
     if isinstance(value.get("text"), str):
         return PlainText("", value["text"])
     raise UserError(f"the keys {', '.join(map(str, value)) or '(none)'} are of no known shape; expected {SHAPES}.")

@@ -1,6 +1,7 @@
 """Adapters: trained over every ZeRO class as on one rank, saved as PEFT's files, merged into exports."""
 
 import json
+from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ IDS = [1, 5, 9, 40, 3, 3, 7, 22]
 
 
 def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: Tuned, tmp_path: Path) -> None:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
     folder = tuned[0]
@@ -80,6 +81,11 @@ def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: Tuned, tmp_
     before, _ = load_model(base, "cpu")
     assert (logits_of(before, IDS) - expected).abs().max() > 0.1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    first = NativeReader(folder)  # as of a run on the attention of one layer
+    first.has = lambda name: "layers.0.attention" in name and reader.has(name)  # type: ignore[method-assign]
+    export_adapter(first, tmp_path / "first", str(tmp_path / "base"))
+    added = get_peft_model_state_dict(PeftModel.from_pretrained(deepcopy(theirs), str(tmp_path / "first")))
+    assert len(added) == 2 * 4 and all("layers.0.self_attn" in name for name in added)
     for model in (
         PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")),
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from internlm.checkpoint.hf_tokenizer import inspect_tokenizer, write_tokenizer
-from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, prompt_ids, recipe_of
+from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, chat_tasks, prompt_ids, recipe_of
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
 from internlm.data.fitting import best_fit
 from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
@@ -325,7 +325,12 @@ def test_tokenizer_and_template_must_fit(tmp_path: Path) -> None:
         "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     assert with_marks(ChatTemplate("published", published)).source == BUILT_IN["chatml"].source
-    assert with_marks(bare) is bare
+    trimmed = published.replace(
+        "message['content']", "(message.content|trim if message.role == 'user' else message.content)"
+    )
+    assert trimmed != published
+    for other in (bare.source, trimmed, "{% if tools %}{{ tools|tojson }}{% endif %}" + published):
+        assert not with_marks(ChatTemplate("other", other)).marks_answers
 
 
 def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
@@ -342,6 +347,10 @@ def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
         pyarrow.ipc.new_stream(sink, table.schema) as out,
     ):
         out.write_table(table)
+    calls = [[{"role": "assistant", "tool_calls": [{"name": n, "arguments": {n: [{n: 1}]}}]}] for n in ("f", "g")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": c} for c in calls]), tmp_path / "calls.parquet")
+    (task,) = chat_tasks(tmp_path / "calls.parquet")
+    assert [json.loads(row) for row in task.texts] == [{"messages": call} for call in calls]
     batches = [
         next(iter(build_train_loader(chat_config(tmp_path / name), 0, 1))).micro_batches[0]
         for name in ("lines", "parquet", "arrow")

@@ -145,6 +145,9 @@ def test_templates_are_sandboxed(source: str) -> None:
 def test_a_broken_template_names_the_line() -> None:
     with pytest.raises(UserError, match="chat template mine, line 2"):
         ChatTemplate("mine", "hello\n{% if %}")
+    for name in ("internlm", "internlm1.1", "chatml", "llama3"):
+        with pytest.raises(UserError, match="no tool calls"):
+            BUILT_IN[name].render(TOOL_TALK[:2])
     with pytest.raises(UserError, match="user and assistant turns only, not system"):
         BUILT_IN["internlm"].render(SYSTEM + USER)
 
@@ -198,6 +201,7 @@ def test_messages_from_objects() -> None:
         ({"role": "user", "content": [{"type": "image_url"}]}, "list of parts"),
         ({"role": "user", "content": "", "weight": 0.5}, "expected true or false"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "tool call"),
+        ({"role": "assistant", "content": "a", "function_call": {"name": "f"}}, 'earlier form of "tool_calls"'),
     ):
         with pytest.raises(UserError, match=reason):
             Message.of(wrong)
