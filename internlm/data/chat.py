@@ -20,14 +20,14 @@ from internlm.data.chat_template import ChatTemplate, Written, find_template, te
 from internlm.data.formats import Int64s, MegatronFile
 from internlm.data.message import Message
 from internlm.data.records import Conversation, PlainText, Record, pair_of, parse_line, record_of
+from internlm.data.tables import TABLE_SUFFIXES, json_rows
 from internlm.data.text import cached, content_hash
 from internlm.data.tokenize import Encoded, Task, in_processes, line_number, tasks_of, texts_of
 from internlm.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 
-CHAT_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
-ROWS = 1000  # of a table that are read at once
+CHAT_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES)
 
 _EMPTY = "empty"  # counts samples that are left out
 
@@ -209,7 +209,7 @@ def open_chat(recipe: ChatRecipe, path: Path, min_length: int = 0) -> ChatFile:
     template = recipe.template
     parts = (
         *(
-            "chat, guarded and chosen turns, no nulls of tables",
+            "chat, guarded and chosen turns, no nulls of tables, no equal pairs",
             *(content_hash(file) for file in tokenizer_files(recipe.tokenizer)),
         ),
         *(template.source, json.dumps(dict(template.tokens), sort_keys=True)),
@@ -237,21 +237,13 @@ def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[E
 
 def chat_tasks(path: Path) -> Iterator[Task]:
     """The tasks of a file: lines, or rows of a table as JSON."""
-    if path.suffix in (".parquet", ".arrow"):
+    if path.suffix in TABLE_SUFFIXES:
         first = 0
-        for rows in _table_rows(path):
-            texts = tuple(json.dumps(_without_nulls(row), ensure_ascii=False) for row in rows)
+        for texts in json_rows(path):
             yield Task(str(path), "json", texts=texts, first=first)
             first += len(texts)
     else:
         yield from tasks_of(path, None)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A table's value as it was before: all objects of a column have the keys of each, null where one had none."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:
@@ -274,7 +266,9 @@ def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:
                 continue
             except UserError as error:
                 raise UserError(f"{task.path}, {place_in(task, number)}: {error}") from error
-            if all(fitted):  # a pair stays or goes as a whole
+            if recipe.pairs and all(fitted) and np.array_equal(fitted[0][0], fitted[1][0]):
+                counts["pairs left out, equal as tokens"] += 1
+            elif all(fitted):  # a pair stays or goes as a whole
                 samples += [str(ids.tolist())[1:-1] for pieces in fitted for ids in pieces]
         return Encoded(samples, task.end, counts)
 
@@ -284,21 +278,3 @@ def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:
 def place_in(task: Task, number: int) -> str:
     """Where text `number` of a task stands in its file."""
     return f"line {line_number(task, number)}" if task.kind == "jsonl" else f"record {task.first + number + 1}"
-
-
-def _table_rows(path: Path) -> Iterator[Sequence[Mapping[str, Any]]]:
-    """Rows of a parquet file, or of an arrow file as Hugging Face's `datasets` saves it, some at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f'{path} is read by a package that is missing: pip install "internlm[data]"') from error
-    try:
-        if path.suffix == ".parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS)
-        else:
-            batches = iter(pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))))
-        for batch in batches:
-            yield batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}).") from error

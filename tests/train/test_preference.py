@@ -14,6 +14,7 @@ from internlm.checkpoint.native import NativeReader
 from internlm.config.checks import find_problems
 from internlm.config.schema import Config
 from internlm.data.loader import build_train_loader, build_valid_loaders
+from internlm.data.sources import open_train
 from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.ops.cross_entropy import LossOutput
 from internlm.train.preference import margin_sum
@@ -236,6 +237,14 @@ def test_a_broken_pair_is_named(folder: Path, tmp_path: Path, pair: dict[str, An
     config = config_of(folder, data={"train_folder": str(tmp_path / "data")})
     with pytest.raises(UserError, match=problem):
         build_train_loader(config, 0, 1)
+
+
+def test_pairs_that_are_cut_to_the_same_are_left_out(folder: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": "a", "chosen": "b " * 99 + end, "rejected": "b " * 99 + "?"} for end in ("", "c")]
+    write(tmp_path, [*pairs, {"prompt": "a", "chosen": "b", "rejected": "c " * 99}])
+    data = config_of(folder, data={"train_folder": str(tmp_path), "long_samples": "cut"}).data
+    (file,) = open_train(data, 1024).files
+    assert len(file) == 2
 
 
 def test_a_missing_reference_is_named(folder: Path, tmp_path: Path) -> None:
