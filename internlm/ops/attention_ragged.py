@@ -8,7 +8,6 @@ waiting for the device.
     flash4  FlashAttention 4 (`attention_flash.py`), which is the fastest for segments of one length as well
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ def _import_cudnn() -> tuple[Any, str]:
 _cudnn, _cudnn_reason = _import_cudnn()
 
 
-@cache
 def cudnn_applies(head_dim: int) -> tuple[bool, str]:
     """Whether cuDNN's ragged attention can run on this GPU, and why or why not."""
     if _cudnn is None:
