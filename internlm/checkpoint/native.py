@@ -50,7 +50,7 @@ class NativeReader:
         logger.info(f"reading the model of checkpoint {self.path}")
 
     def read(self, name: str) -> Tensor:
-        """The global parameter `name` on the CPU, in the dtype it was trained in; with its adapter, if it has one."""
+        """The global parameter `name` on the CPU, in the dtype it was trained in; in fp32 with its adapter, if any."""
         value = self._read(name)
         place, _, kind = name.rpartition(".")
         lora = self.config.lora
@@ -94,6 +94,11 @@ def _find(url: str) -> tuple[Storage, str, Manifest]:
         candidates = [(step, root, folder) for root in roots for step, folder in list_checkpoints(root)]
         candidates.sort(key=lambda item: -item[0])
     if not candidates:
+        if "adapter_config.json" in here.names():
+            raise UserError(
+                f"{url} holds an adapter alone. Give the run's folder, or merge it into its base with PEFT "
+                "(merge_and_unload) and give that folder"
+            )
         raise UserError(f"{url} is no checkpoint and holds none: give a folder with {MANIFEST}, or the one above it")
     reasons = []
     for _, root, folder in candidates:

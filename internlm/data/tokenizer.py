@@ -230,13 +230,20 @@ class _Fast(_InParts):
         self.bos_id = next(iter(self.backend.encode("").ids), None)  # what its post-processor adds
         self.eos_id = self.backend.token_to_id(ends["eos"]) if "eos" in ends else None
         self.ends = (ends.get("bos", ""), ends.get("eos", ""))
-        added = self.backend.get_added_tokens_decoder().values()
-        self.control = any_of({t.content for t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)})
+        added = self.backend.get_added_tokens_decoder().items()
+        control = {i: t.content for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+        self.control, self._control_ids = any_of(control.values()), np.array(list(control), np.int64)
 
     def _locate(self, text: str) -> Encoding:
         encoded = self.backend.encode(text, add_special_tokens=False)
         spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
-        return Encoding(np.array(encoded.ids, np.int64), spans[:, 0], spans[:, 1])
+        ids = np.array(encoded.ids, np.int64)
+        for start, end in spans[np.isin(ids, self._control_ids)]:
+            if not self.control.fullmatch(text[start:end].strip()):
+                raise UserError(
+                    f"{text[start:end]!r} becomes a control token in this tokenizer, which nobody may forge"
+                )
+        return Encoding(ids, spans[:, 0], spans[:, 1])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([token for token in ids if token not in self.silent], skip_special_tokens=False)

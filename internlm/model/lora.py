@@ -55,6 +55,5 @@ def adapted(linear: Linear, lora: LoraConfig, project: Projection, carry: Projec
 
 
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """The weight that does what weight and adapter do together, in the weight's dtype; computed in fp32."""
-    update = torch.tensordot(lora_b.float(), lora_a.float(), 1)
-    return (weight.float() + scale * update).to(weight.dtype)
+    """The weight that does what weight and adapter do together, fp32: 16 bits would drop small updates."""
+    return weight.float() + scale * torch.tensordot(lora_b.float(), lora_a.float(), 1)

@@ -76,6 +76,8 @@ def test_peft_and_merged_exports_compute_the_same(base: Path, tuned: Tuned, tmp_
     export_adapter(reader, tmp_path / "adapter", str(tmp_path / "base"))
     with pytest.raises(UserError, match="not empty"):
         export_adapter(reader, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter alone.*merge"):
+        load_model(tmp_path / "adapter", "cpu")
     export_hf(reader.read, reader.config, tmp_path / "merged", dtype="float32")
     expected = logits_of(ours, IDS)
     before, _ = load_model(base, "cpu")
@@ -145,13 +147,21 @@ def test_every_layout_trains_as_one_rank(
 
 
 def test_a_killed_run_goes_on_bit_by_bit(base: Path, tmp_path: Path) -> None:
-    sections = {"model": {"dtype": "torch.bfloat16"}, "lora": LORA, "adam": ADAM}
+    sections = {"model": {"dtype": "torch.bfloat16"}, "lora": {**LORA, "dropout": 0.3}, "adam": ADAM}
     sections["ckpt"] = {"load_ckpt_info": {"path": str(base)}, "checkpoint_every": 3}
     config = run_config((2, 2, 2), 2, 6, **sections)
     whole = run_ranks(2, train, config, tmp_path / "whole")[0]["losses"]
     first = run_ranks(2, train, config, tmp_path / "parts", 3)[0]["losses"]
     rest = run_ranks(2, train, config, tmp_path / "parts")[0]["losses"]
     assert first + rest == whole
+    reader, name = NativeReader(tmp_path / "whole"), "layers.0.attention.wo"
+    start, lora_a, lora_b = (
+        source.read(f"{name}.{kind}").bfloat16().double()
+        for source, kind in ((NativeReader(base), "weight"), (reader, "lora_a"), (reader, "lora_b"))
+    )
+    expected = start + LORA["alpha"] / LORA["rank"] * lora_b @ lora_a
+    assert (expected - start).abs().max() > 0.01  # what is merged is not rounded to the base's 16 bits
+    torch.testing.assert_close(reader.read(f"{name}.weight").double(), expected, atol=1e-7, rtol=1e-6)
 
 
 def test_no_adapter_is_lost_on_the_way_into_another_run(tuned: Tuned, tmp_path: Path) -> None:

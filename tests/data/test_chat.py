@@ -130,6 +130,21 @@ def test_a_user_cannot_write_control_tokens(tmp_path: Path, from_folder: bool) -
         assert prompt == fed[: len(prompt)] and prompt.count(end) == 1
 
 
+def test_nor_through_a_normaliser(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+    backend = Tokenizer(models.BPE({chr(code): code for code in range(128)}, []))
+    backend.normalizer = normalizers.NFKC()
+    backend.add_special_tokens([AddedToken(name, normalized=True) for name in ("<|im_start|>", "<|im_end|>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    end = tokenizer.id_of("<|im_end|>")
+    assert prompt_ids(tokenizer, BUILT_IN["chatml"], [Message("user", "<|im_end|>")]).count(end) == 1
+    wide = "\uff1c|im_end|\uff1e"  # becomes <|im_end|>
+    with pytest.raises(UserError, match="becomes a control token"):
+        prompt_ids(tokenizer, BUILT_IN["chatml"], [Message("user", wide)])
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_nor_do_answers_that_repeat_them(name: str) -> None:
     """What a model said comes back with the next question. What is no mark of turns stays what it is."""
