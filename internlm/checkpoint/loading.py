@@ -95,7 +95,7 @@ class Loader:
             common_warning(
                 logger,
                 f"ckpt.auto_resume is off, but {self.storages['normal'].url} holds checkpoints up to step "
-                f"{candidates[0][0]}, which a later resume would prefer",
+                f"{candidates[0].step}, which a later resume would prefer",
             )
         if ckpt.load_ckpt_info is None:
             logger.info("new run: no checkpoint in %s and no ckpt.load_ckpt_info", self.storages["normal"].url)

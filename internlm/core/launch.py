@@ -105,7 +105,7 @@ def _store(address: str | None, world: World) -> dist.Store:
 
 
 @contextmanager
-def pretend(rank: int, size: int) -> Iterator[World]:
+def simulated_world(rank: int, size: int) -> Iterator[World]:
     """One rank of a world that isn't there, for the body of a `with`: groups are made and collectives do nothing.
 
     With it a single process builds what any rank of thousands would have.

@@ -33,7 +33,7 @@ class SlowRanks:
         dist.all_gather_object(found, (report.fwd_bwd_time, self._host), self.group)
         if self.rank != 0:
             return
-        average = typical([seconds for seconds, _ in found])
+        average = trimmed_mean([seconds for seconds, _ in found])
         for rank, (seconds, host) in enumerate(found):
             if average >= SHORTEST and seconds > average * self.ratio:
                 text = (
@@ -44,8 +44,8 @@ class SlowRanks:
                 self._tell(text)
 
 
-def typical(times: list[float]) -> float:
-    """Their mean; of more than four, without the largest and the smallest."""
+def trimmed_mean(times: list[float]) -> float:
+    """The mean without the largest and the smallest; of four times or fewer, of all."""
     if len(times) > 4:
         times = sorted(times)[1:-1]
     return sum(times) / len(times)

@@ -75,8 +75,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     for q_, k_, v_ in zip(*(x.to(work).split(segments.lengths) for x in (q, k, v)), strict=True):
         k_, v_ = (x.repeat_interleave(groups, dim=1) for x in (k_, v_))
         scores = torch.einsum("qhd,khd->hqk", q_, k_) / q.shape[-1] ** 0.5
-        hidden = torch.ones(len(q_), len(q_), dtype=torch.bool, device=q.device).triu(1)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v_))
+        masked = torch.ones(len(q_), len(q_), dtype=torch.bool, device=q.device).triu(1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(masked, -torch.inf).softmax(-1), v_))
     return torch.cat(outputs)
 
 

@@ -68,8 +68,8 @@ def _ends(q: Tensor, k: Tensor, segments: Segments | None) -> tuple[Tensor, Tens
 def _plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
     q, k, v = _in_groups(q, k, v)
     out, normaliser = torch.empty_like(q), q.new_empty(*q.shape[1:3], len(q))
-    for rows, keys, hidden in _blocks(q, k, segments):
-        scores = _scores(q[rows], k[keys], hidden)
+    for rows, keys, masked in _blocks(q, k, segments):
+        scores = _scores(q[rows], k[keys], masked)
         normaliser[..., rows] = scores.logsumexp(-1)
         out[rows] = torch.einsum("hgqk,khd->qhgd", scores.softmax(-1), v[keys])
     return out.flatten(1, 2), normaliser.flatten(0, 1)
@@ -84,8 +84,8 @@ def _plain_backward(
     normaliser = normaliser.view(*q.shape[1:3], len(q))
     mean = (grad * out).sum(-1).permute(1, 2, 0)  # [kv_heads, group, queries]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, hidden in _blocks(q, k, segments):
-        weights = (_scores(q[rows], k[keys], hidden) - normaliser[..., rows, None]).exp()
+    for rows, keys, masked in _blocks(q, k, segments):
+        weights = (_scores(q[rows], k[keys], masked) - normaliser[..., rows, None]).exp()
         grad_v[keys] += torch.einsum("hgqk,qhgd->khd", weights, grad[rows])
         grad_weights = torch.einsum("qhgd,khd->hgqk", grad[rows], v[keys])
         grad_scores = weights * (grad_weights - mean[..., rows, None]) / q.shape[-1] ** 0.5
@@ -100,14 +100,14 @@ def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q.unflatten(1, (k.shape[1], -1)).contiguous(), k, v
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, masked: Tensor | None) -> Tensor:
     """[kv_heads, group, queries, keys]."""
     scores = torch.einsum("qhgd,khd->hgqk", q, k) / q.shape[-1] ** 0.5
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    return scores if masked is None else scores.masked_fill(masked, -torch.inf)
 
 
 def _blocks(q: Tensor, k: Tensor, segments: Segments | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(queries, the keys they may see, where not after all [queries, keys]), _BLOCK queries at a time."""
+    """_BLOCK queries at a time: (queries, the keys that they may see, bool [queries, keys] where they may not)."""
     if segments is None:
         for start in range(0, len(q), _BLOCK):
             yield slice(start, start + _BLOCK), slice(0, len(k)), None
@@ -116,6 +116,6 @@ def _blocks(q: Tensor, k: Tensor, segments: Segments | None) -> Iterator[tuple[s
     for length in segments.lengths:
         for start in range(begin, begin + length, _BLOCK):
             stop = min(start + _BLOCK, begin + length)
-            hidden = torch.ones(stop - start, stop - begin, dtype=torch.bool, device=q.device).triu(start - begin + 1)
-            yield slice(start, stop), slice(begin, stop), hidden
+            masked = torch.ones(stop - start, stop - begin, dtype=torch.bool, device=q.device).triu(start - begin + 1)
+            yield slice(start, stop), slice(begin, stop), masked
         begin += length

@@ -26,12 +26,12 @@ from internlm.utils.logger import get_logger, log_once
 
 logger = get_logger(__name__)
 
-NORMS_AGAIN = ("feed_forward", "offload")  # values of model.checkpoint
+RECOMPUTES_NORMS = ("feed_forward", "offload")  # values of model.checkpoint with which backward computes norms again
 
 
 def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     """Compiles the blocks where `model.compile` says so. Whether and why is logged."""
-    problem = why_not(config, mesh, mesh.device.type)
+    problem = why_not_compiled(config, mesh, mesh.device.type)
     if problem:
         level = logging.WARNING if config.model.compile is True else logging.INFO
         log_once(logger, f"blocks are not compiled: {problem}", level)
@@ -44,13 +44,13 @@ def compile_blocks(layers: nn.ModuleList, config: Config, mesh: Mesh) -> None:
     # other models of this process may want it otherwise.
     from torch._functorch import config as functorch  # here, as compiling needs it anyway: 1.6 s
 
-    keeping = functorch.patch(ban_recompute_materialized_backward=config.model.checkpoint not in NORMS_AGAIN)
+    keeping = functorch.patch(ban_recompute_materialized_backward=config.model.checkpoint not in RECOMPUTES_NORMS)
     for block in blocks:
         replace_forward(block, partial(_compiled_forward, compiled, keeping, block.forward))
     log_once(logger, f"{len(blocks)} of {len(layers)} blocks are compiled (model.compile={config.model.compile!r})")
 
 
-def why_not(config: Config, mesh: Mesh, device: str) -> str | None:
+def why_not_compiled(config: Config, mesh: Mesh, device: str) -> str | None:
     """Why the blocks would not be compiled on a type of device; None if they would."""
     switch = config.model.compile
     if switch is False:

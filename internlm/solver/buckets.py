@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement, whole
 
@@ -52,8 +53,8 @@ class UnitLayout:
     packed: bool = False  # held in 4 bits between uses; frozen
 
 
-def num_shards(mesh: Mesh) -> dict[Kind, int]:
-    """How many shards the buffers of each kind are cut into."""
+def _num_shards(mesh: Mesh) -> dict[Kind, int]:
+    """By kind, how many equal shards a buffer must divide into: the os of Hybrid ZeRO."""
     dense, expert = (
         prod(axes.sizes[axis] for axis in ("optim", "grad", "param")) for axes in (mesh.dense, mesh.expert)
     )
@@ -61,31 +62,23 @@ def num_shards(mesh: Mesh) -> dict[Kind, int]:
 
 
 def plan_units(
-    model: nn.Module,
-    num_shards: Mapping[Kind, int],
-    no_decay: Sequence[str],
-    shared: bool,
-    placements: Mapping[str, Placement] | None = None,
-    tensor_size: int = 1,
-    packed: Sequence[str] = (),
+    model: nn.Module, config: Config, mesh: Mesh, placements: Mapping[str, Placement] | None = None
 ) -> list[UnitLayout]:
     """The units of a model, in the order of its forward pass.
 
     Args:
         model: its children are the units; a `ModuleList` stands for its members.
-        num_shards: by kind, how many equal shards a buffer must divide into (the os of Hybrid ZeRO).
-        no_decay: patterns of parameter names without weight decay.
-        shared: the last module uses the first one's parameters as well (tied embeddings).
         placements: by name, of parameters that `parallel` has cut; the others are whole.
-        tensor_size: tensor ranks; with one of them nothing is copied.
-        packed: patterns of frozen parameters that are held in 4 bits.
     """
+    shards, tensor_size = _num_shards(mesh), mesh.sizes["tensor"]
+    packed = config.lora.packed if config.lora else ()
     modules: list[str] = []
     for name, child in model.named_children():
         modules += [f"{name}.{i}" for i in range(len(child))] if isinstance(child, nn.ModuleList) else [name]
     units = []
     for module in modules:
-        users = (module, modules[-1]) if shared and module == modules[0] else (module,)
+        tied = config.model.tie_word_embeddings and module == modules[0]  # the last module uses its parameters as well
+        users = (module, modules[-1]) if tied else (module,)
         groups: dict[_Group, list[Slot]] = {}
         for inner, parameter in model.get_submodule(module).named_parameters():
             name, shape = f"{module}.{inner}", tuple(parameter.shape)
@@ -96,7 +89,7 @@ def plan_units(
             groups.setdefault(group, []).append(Slot(name, shape, 0, prod(shape), placement))
         for group in sorted(groups):
             name, kind, dtype = module + group.suffix(groups), KINDS[group.kind], getattr(torch, group.dtype)
-            layout = _layout(name, kind, dtype, groups[group], num_shards[kind], no_decay, users)
+            layout = _layout(name, kind, dtype, groups[group], shards[kind], config.adam.no_decay, users)
             units.append(replace(layout, trainable=group.trainable, packed=group.packed))
     return units
 

@@ -39,7 +39,7 @@ from internlm.core.lanes import Lane, build_lanes
 from internlm.core.mesh import Mesh
 from internlm.core.placement import Placement
 from internlm.ops.adamw import adam_scalars, adamw_
-from internlm.solver.buckets import Slot, UnitLayout, num_shards, plan_units
+from internlm.solver.buckets import Slot, UnitLayout, plan_units
 from internlm.solver.grad_norm import clip_factor, global_norm
 from internlm.solver.grad_scaler import GradScaler
 from internlm.solver.materialise import materialise_buffers, materialise_parameter
@@ -101,10 +101,7 @@ class HybridZero:
         self._unread_ok: Tensor | None = None
         self._in_flight: deque[Callable[[], None]] = deque()
 
-        tied = config.model.tie_word_embeddings
-        packed = config.lora.packed if config.lora else ()
-        shards, tensor = num_shards(mesh), mesh.sizes["tensor"]
-        layouts = plan_units(model, shards, config.adam.no_decay, tied, placements, tensor, packed)
+        layouts = plan_units(model, config, mesh, placements)
         self.units = [self._build_unit(model, layout, zero, value_of) for layout in layouts]
         self.buffers = materialise_buffers(model, value_of, mesh.device)
         self.trained = [unit for unit in self.units if unit.layout.trainable]

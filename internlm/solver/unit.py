@@ -113,18 +113,21 @@ class Unit:
         """Takes a parameter's value (fp32) [slot.shape]: this rank's part of it, and of its master."""
         flat = value.reshape(-1)
         shard_start = self.shard.numel() * self.param_group.rank()
-        for buffer, start in ((self.shard, shard_start), (self.master, self.owned_start)):
-            if buffer is not None:
-                low, high = max(slot.start, start), min(slot.stop, start + buffer.numel())
-                if low < high:
-                    part = flat[low - slot.start : high - slot.start]
-                    buffer[low - start : high - start] = round_to(part.to(buffer.device, torch.float32), buffer.dtype)
-        if self.remainder is not None:
-            start = self.owned_start
-            low, high = max(slot.start, start), min(slot.stop, start + self.remainder.numel())
-            if low < high:
-                part = flat[low - slot.start : high - slot.start].to(self.remainder.device, torch.float32)
-                self.remainder[low - start : high - start] = split_master(part.contiguous())[1]
+        for buffer, start in (
+            (self.shard, shard_start),
+            (self.master, self.owned_start),
+            (self.remainder, self.owned_start),
+        ):
+            if buffer is None:
+                continue
+            low, high = max(slot.start, start), min(slot.stop, start + buffer.numel())
+            if low >= high:
+                continue
+            part = flat[low - slot.start : high - slot.start].to(buffer.device, torch.float32)
+            if buffer is self.remainder:
+                buffer[low - start : high - start] = split_master(part.contiguous())[1]
+            else:
+                buffer[low - start : high - start] = round_to(part, buffer.dtype)
 
     def gather_updates(self) -> None:
         """All-gather over optim and grad: the shard becomes whole again after an update. Once a step."""

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from internlm.config.schema import Config, ModelConfig
-from internlm.core.launch import pretend
+from internlm.core.launch import simulated_world
 from internlm.core.mesh import Axes, Mesh, build_mesh
 from internlm.model.transformer import build_model
 from internlm.ops.cross_entropy import CHUNK_ELEMENTS
 from internlm.ops.nf4 import BITS
-from internlm.parallel.compile import NORMS_AGAIN, why_not
+from internlm.parallel.compile import RECOMPUTES_NORMS, why_not_compiled
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.recompute import num_recomputed
 from internlm.parallel.split import pipeline_layout
 from internlm.parallel.timetable import compute_table
-from internlm.solver.buckets import UnitLayout, num_shards, plan_units
+from internlm.solver.buckets import UnitLayout, plan_units
 from internlm.utils.device import torch_dtype
 
 
@@ -56,14 +56,11 @@ def memory_per_rank(config: Config, world_size: int) -> Memory:
 def layouts_of(config: Config, mesh: Mesh) -> list[UnitLayout]:
     """The engine's plan for one rank."""
     model = build_model(config, device="meta")
-    placements = parallelize(model, config, mesh)
-    tied = config.model.tie_word_embeddings
-    packed = config.lora.packed if config.lora else ()
-    return plan_units(model, num_shards(mesh), config.adam.no_decay, tied, placements, mesh.sizes["tensor"], packed)
+    return plan_units(model, config, mesh, parallelize(model, config, mesh))
 
 
 def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
-    with pretend(rank, world_size) as world:
+    with simulated_world(rank, world_size) as world:
         mesh = build_mesh(config.parallel, world)
         layouts = layouts_of(config, mesh)
     sizes = [_unit_bytes(config, layout, mesh.expert if layout.kind == "expert" else mesh.dense) for layout in layouts]
@@ -201,7 +198,8 @@ def _activations(config: Config, mesh: Mesh) -> int:
     selected = selected_per_token(model, tensor, mode, mesh.sizes["ring"])
 
     around, inside = around_feed_forward(model, tensor, mode), inside_feed_forward(model, tensor, mode) / tensor
-    if model.checkpoint in NORMS_AGAIN and why_not(config, mesh, "cuda") is None:  # whatever this machine is
+    compiled = why_not_compiled(config, mesh, "cuda") is None  # on a GPU, whatever this machine is
+    if compiled and model.checkpoint in RECOMPUTES_NORMS:
         around -= normed_per_token(model)
 
     def of_chunk(num_blocks: int) -> float:

@@ -70,7 +70,7 @@ class Trainer:
                 report = self._step(*self._fetched, Timer())
                 every = self.config.data.valid_every
                 yield replace(report, validation=self.validate()) if every and report.step % every == 0 else report
-                self._refuse_to_stand_still()
+                self._check_skips_in_row()
 
     def _fetch(self) -> None:
         """Takes the next batch, if there is one, and starts to count it over the ranks."""
@@ -87,14 +87,15 @@ class Trainer:
     def _step(self, batch: StepBatch, facts: Tensor | None, timer: Timer) -> StepReport:
         if facts is None:
             logger.info(f"batch {batch.index} is left out, as data.skip_batches asks")
-            return self._left_out(batch)
+            return self._skip(batch)
         counts = BatchCounts.of(facts, self.mesh.world.size)
         if counts.trained_tokens == 0:
             common_warning(logger, f"batch {batch.index} has no token to train on any rank; it is left out")
-            return self._left_out(batch)
+            return self._skip(batch)
         return self._train(batch, counts, timer)
 
-    def _left_out(self, batch: StepBatch) -> StepReport:
+    def _skip(self, batch: StepBatch) -> StepReport:
+        """Counts a batch that is not computed, and reads the next one."""
         state = self.state
         state.batch_count, state.place = state.batch_count + 1, batch.end
         self._fetch()
@@ -193,8 +194,11 @@ class Trainer:
             f"({self.state.inf_nan_skip_batches} such batches so far)",
         )
 
-    def _refuse_to_stand_still(self) -> None:
-        """Weights that made a hundred batches overflow make the next hundred overflow too."""
+    def _check_skips_in_row(self) -> None:
+        """Raises UserError after `monitor.max_skips_in_row` batches without an update.
+
+        Weights that made a hundred batches overflow make the next hundred overflow too.
+        """
         count, most = self._skips_in_row, self.config.monitor.max_skips_in_row
         if not 0 < most <= count:
             return

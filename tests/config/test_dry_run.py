@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from internlm.config.loader import load_config
-from internlm.core.launch import launch, pretend
+from internlm.core.launch import launch, simulated_world
 from internlm.core.mesh import build_mesh
 from internlm.model.batch import Batch, Segments
 from internlm.model.init import initialize
@@ -119,7 +119,7 @@ def test_saved_activations_against_autograd(changes, tensor, mode):
 
 def saved_by_autograd(config) -> float:
     """Bytes per token."""
-    with pretend(0, config.parallel.tensor.size) as world:
+    with simulated_world(0, config.parallel.tensor.size) as world:
         model = build_model(config)
         parallelize(model, config, build_mesh(config.parallel, world))
         model.to_empty(device="cpu")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from internlm.config.schema import ParallelConfig
-from internlm.core.launch import World, pretend
+from internlm.core.launch import World, simulated_world
 from internlm.core.mesh import ZERO_AXES, axes_of_world, build_mesh, coordinates_of
 from tests.pool import run_ranks
 
@@ -49,7 +49,7 @@ LARGE = ParallelConfig.model_validate(
 def test_a_pretended_rank_stands_where_the_arithmetic_says(rank: int) -> None:
     """The groups that a `DeviceMesh` makes are those of equal coordinates on all other axes."""
     model, dense, expert = axes_of_world(LARGE, 1024)
-    with pretend(rank, 1024) as world:
+    with simulated_world(rank, 1024) as world:
         mesh = build_mesh(LARGE, world)
         for axes, sizes in ((mesh, model), (mesh.dense, dense), (mesh.expert, expert)):
             here = coordinates_of(rank, sizes)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from internlm.config.schema import Config
 from internlm.monitor.alert import Alert
 from internlm.monitor.monitor import Monitor
-from internlm.monitor.slow_ranks import SlowRanks, typical
+from internlm.monitor.slow_ranks import SlowRanks, trimmed_mean
 from internlm.monitor.watchdog import Watchdog
 from internlm.train.metrics import StepReport
 from internlm.utils.errors import UserError
@@ -156,5 +156,5 @@ def test_a_slow_rank_is_named():
 
 
 def test_the_average_of_many_ranks_leaves_out_both_ends():
-    assert typical([1.0, 9.0]) == 5.0
-    assert typical([1.0, 2.0, 3.0, 4.0, 90.0]) == 3.0
+    assert trimmed_mean([1.0, 9.0]) == 5.0
+    assert trimmed_mean([1.0, 2.0, 3.0, 4.0, 90.0]) == 3.0

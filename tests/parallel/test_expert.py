@@ -8,7 +8,7 @@ import torch
 from internlm.config.checks import ConfigError
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
-from internlm.core.launch import pretend
+from internlm.core.launch import simulated_world
 from internlm.core.mesh import build_mesh
 from internlm.model.moe import Router
 from internlm.model.transformer import build_model
@@ -83,7 +83,7 @@ def test_beside_adapters_all_else_is_frozen() -> None:
     lora = {"rank": 4, "target": ("layers.1.attention.w*",)}
     agree(2, {"pipeline": {"size": 2}}, {**ALL, "num_layers": 4}, lora=lora)
     config = make_config({"expert": {"size": 2}}, model=ALL, lora=lora)
-    with pretend(1, 2) as world:
+    with simulated_world(1, 2) as world:
         model = build_model(config)
         parallelize(model, config, build_mesh(config.parallel, world))
     router = Router(config.model, torch.float32).requires_grad_(False)

@@ -17,7 +17,7 @@ import pytest
 from internlm.config.checks import find_problems
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
-from internlm.core.launch import pretend
+from internlm.core.launch import simulated_world
 from internlm.core.mesh import ZERO_AXES, Axes, axes_of_world, build_mesh, coordinates_of
 from internlm.core.placement import Box, box_shape
 from internlm.model.transformer import build_model
@@ -55,7 +55,7 @@ def places(config: Config) -> dict[tuple[int, int, int], int]:
 
 
 def built(config: Config, rank: int) -> list[UnitLayout]:
-    with pretend(rank, RANKS) as world:
+    with simulated_world(rank, RANKS) as world:
         return layouts_of(config, build_mesh(config.parallel, world))
 
 
