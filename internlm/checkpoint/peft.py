@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from internlm.checkpoint.hf_names import default_layout, entries, native_shapes, to_half_split
+from internlm.checkpoint.hf_names import check_layout, default_layout, entries, native_shapes, to_half_split
 from internlm.checkpoint.hf_target import ADAPTER_FILES, prepare_folder
 from internlm.checkpoint.native import NativeReader, is_hf_folder
 from internlm.checkpoint.storage import Storage
@@ -24,13 +24,15 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", for
     """Write the adapter of a checkpoint for `PeftModel.from_pretrained(base, folder)`.
 
     `base`: the base model's folder, written into the config if its layers have the names that the adapter is for,
-    those of `default_layout`. `force`: replace an earlier export. Raises UserError for a run without LoRA.
+    those of `default_layout`. `force`: replace an earlier export. Raises UserError for a run without LoRA, and for a
+    model that no layout of transformers holds.
     """
     config, folder = reader.config, Path(folder).expanduser()
     lora, model = config.lora, config.model
     if lora is None:
         raise UserError(f"{reader.path} has no adapter: its run had no lora section")
     layout = default_layout(model)
+    check_layout(layout, model)
     tensors: dict[str, Tensor] = {}
     modules, others = set(), set()
     for entry in entries(layout, native_shapes(model)):

@@ -88,8 +88,16 @@ class ChatTemplate:
         said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
         try:
             marked = _compiled(self.source, self.name).render(said, add_generation_prompt=add_generation_prompt)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(f"chat template {self.name}: {error}") from error
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
         text, borders, literal = "", [], []
         for part in re.split(f"({_MARK}|{_GUARD})", marked):
             if part == _MARK:

@@ -108,6 +108,10 @@ def test_the_adapter_names_a_base_that_fits(
         export_adapter(reader, tmp_path / "adapter", str(path), force=True)
         named.append(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"])
     assert named == [str(tmp_path / "qwen2"), "", ""]
+    model = {"num_experts": 4, "qkv_bias": False, "moe": {"num_shared_experts": 1}}
+    reader.config = run_config((1, 1, 1), 1, lora=LORA, model=model)
+    with pytest.raises(UserError, match="num_shared_experts"):
+        export_adapter(reader, tmp_path / "shared")
     assert "in the layout qwen2" in caplog.text
 
 

@@ -135,6 +135,7 @@ def test_qwen2_tools_as_published() -> None:
         "{{ cycler.__init__.__globals__.os.system('true') }}",
         "{{ raise_exception('no') }}",
         "{{ messages[0].content + 1 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     ],
 )
 def test_templates_are_sandboxed(source: str) -> None:
