@@ -11,7 +11,7 @@ import torch
 
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
-from internlm.checkpoint.checks import check_files, open_files
+from internlm.checkpoint.inputs import check_files, open_files
 from internlm.checkpoint.reference import build_reference
 from internlm.config.checks import check
 from internlm.config.loader import load_config

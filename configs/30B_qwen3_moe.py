@@ -13,7 +13,7 @@ model = dict(
     moe=dict(top_k=8, intermediate_size=768),
     vocab_size=151936,
     dtype="torch.bfloat16",
-    checkpoint=True,  # of 8 experts a token, the rows alone would be 3 GB a layer
+    checkpoint=True,  # otherwise the rows of the experts alone, 8 for each token, take 3 GB a layer
 )
 data = dict(
     seq_len=4096,

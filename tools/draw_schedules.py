@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
-from internlm.parallel.split import PipelineLayout, build_layout
+from internlm.parallel.pipeline_layout import PipelineLayout, build_layout
 from internlm.parallel.timetable import Action, compute_table, input_of, output_of
 
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")

@@ -92,8 +92,10 @@ def inspect(options: argparse.Namespace) -> None:
     total = sum(len(file) for file in sources.files)
     if not 0 <= number < total:
         raise UserError(f"--sample {number}: there are {total} samples, counted from 0.")
-    file = next(file for file in sources.files if (number := number - len(file)) < 0)
-    number += len(file)
+    for file in sources.files:
+        if number < len(file):
+            break
+        number -= len(file)
     tokenizer = None if config.data.tokenizer_path is None else open_tokenizer(config.data.tokenizer_path)
     console.print(f"[bold]{file.name}, {file.place(number)}")
     console.print(coloured(file, number, tokenizer))

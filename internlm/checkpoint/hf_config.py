@@ -156,7 +156,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
-        raise UserError(f"{file}: num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}")
+        raise UserError(f"{file}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
     bias = hf.get("bias", True) if layout in ("internlm", "internlm2") else hf.get("attention_bias", False)
     qkv_bias = {"qwen2": True, "internlm3": hf.get("qkv_bias", False)}.get(layout, bias)
     return {

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from internlm.config.batch_texts import parse_batches, parse_ramp
-from internlm.config.layout import Problems, divisors, find_layout_problems, not_divided
+from internlm.config.layout_checks import Problems, divisors, find_layout_problems, not_divided
 from internlm.config.schema import V_SCHEDULES, Config, LoraConfig, ModelConfig
 from internlm.utils.errors import UserError, collected
 

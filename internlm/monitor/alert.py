@@ -48,7 +48,7 @@ class Alert:
             self._post(text)
 
     def report(self, report: StepReport) -> None:
-        """Alerts to a loss that leaps, and to a step without an update."""
+        """Alerts to a loss that jumps up, and to a step without an update."""
         if report.skipped:
             return
         if report.loss > LOSS_SPIKE * self._loss:

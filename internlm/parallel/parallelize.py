@@ -18,9 +18,9 @@ from internlm.ops.attention import prepare_attention
 from internlm.parallel.compile import compile_blocks
 from internlm.parallel.expert import cut_experts, route_by
 from internlm.parallel.offload import offload_blocks
+from internlm.parallel.pipeline_layout import pipeline_layout
 from internlm.parallel.recompute import recompute_blocks
 from internlm.parallel.sequence import cut_sequences
-from internlm.parallel.split import pipeline_layout
 from internlm.parallel.stages import cut_stages, relayed
 from internlm.parallel.tensor import Mode, attach, cut_tensors
 from internlm.utils.device import set_matmul_precision, torch_dtype

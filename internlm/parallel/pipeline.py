@@ -25,9 +25,9 @@ from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
 from internlm.parallel.contract import GradientEngine, OnLoss
+from internlm.parallel.pipeline_layout import PipelineLayout, pipeline_layout
 from internlm.parallel.recompute import num_recomputing
 from internlm.parallel.sequence import own_part
-from internlm.parallel.split import PipelineLayout, pipeline_layout
 from internlm.parallel.split_backward import Join, backward_input, backward_weights
 from internlm.parallel.timetable import Action, Table, compute_table, forward_table, input_of, output_of, with_transfers
 from internlm.utils.device import torch_dtype

@@ -18,7 +18,7 @@ from internlm.core.collectives import Group
 from internlm.core.mesh import Mesh
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
-from internlm.parallel.split import pipeline_layout
+from internlm.parallel.pipeline_layout import pipeline_layout
 from internlm.utils.device import torch_dtype
 
 

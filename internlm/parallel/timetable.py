@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from internlm.parallel.split import PipelineLayout
+from internlm.parallel.pipeline_layout import PipelineLayout
 
 BACKWARD = ("B", "I")
 

@@ -18,8 +18,8 @@ from internlm.ops.cross_entropy import CHUNK_ELEMENTS
 from internlm.ops.nf4 import BITS
 from internlm.parallel.compile import RECOMPUTES_NORMS, why_not_compiled
 from internlm.parallel.parallelize import parallelize
+from internlm.parallel.pipeline_layout import pipeline_layout
 from internlm.parallel.recompute import num_recomputed
-from internlm.parallel.split import pipeline_layout
 from internlm.parallel.timetable import compute_table
 from internlm.solver.buckets import UnitLayout, plan_units
 from internlm.utils.device import torch_dtype

@@ -168,7 +168,7 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
         ({"vocab_size": None}, "vocab_size missing"),
         ({"vocab_size": "67"}, "vocab_size = '67': Input should be a valid integer"),
         ({"rope_parameters": "llama3"}, "rope_parameters='llama3' is no object"),
-        ({"num_attention_heads": 5}, "num_attention_heads=5 does not divide by num_key_value_heads=2"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5 is not divisible by num_key_value_heads=2"),
         ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
         ({"num_hidden_layers": 1}, "does not explain: model.layers.1"),
         ({"hidden_size": 32}, r"is \[67, 48\], by config.json it should be \[67, 32\]"),

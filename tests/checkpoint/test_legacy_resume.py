@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from internlm.checkpoint.checks import find_checkpoint_problems
+from internlm.checkpoint.inputs import find_checkpoint_problems
 from internlm.checkpoint.legacy.reader import LegacyReader
 from internlm.checkpoint.legacy.resume import check_batches
 from internlm.checkpoint.native import NativeReader, open_checkpoint

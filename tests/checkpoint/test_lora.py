@@ -11,8 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from internlm.apis.generate import load_model
-from internlm.checkpoint.checks import find_checkpoint_problems
 from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.inputs import find_checkpoint_problems
 from internlm.checkpoint.native import NativeReader
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.checks import find_problems

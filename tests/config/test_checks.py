@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.config import checks, layout
+from internlm.config import checks, layout_checks
 from internlm.config.checks import ConfigError, check, find_problems
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
@@ -226,7 +226,7 @@ WHOLE_HEADS = "to one of 1, 2, 4, and cut rows further by parallel.context.ring"
         (
             {"tensor": {"size": 3, "mode": "isp"}},
             (
-                "a ring rank = 16 does not divide by parallel.tensor.size (isp) = 3",
+                "a ring rank = 16 is not divisible by parallel.tensor.size (isp) = 3",
                 "(16 = 5 * 3 + 1)",
                 "Set data.seq_len to 18",
             ),
@@ -241,7 +241,7 @@ WHOLE_HEADS = "to one of 1, 2, 4, and cut rows further by parallel.context.ring"
         ),
         (
             {"context": {"ring": 4, "ulysses": 8}},
-            ("parallel.context.ulysses = 8", "a ring rank = 4 does", "Set data.seq_len to 64"),
+            ("parallel.context.ulysses = 8", "a ring rank = 4 is not divisible", "Set data.seq_len to 64"),
         ),
         (
             {"context": {"ring": 2}, "tensor": {"size": 0}},
@@ -254,7 +254,7 @@ def test_rows_that_cannot_be_cut(small, parallel, told):
     assert_told(find_problems(Config.model_validate({**small, "data": data, "parallel": parallel})), told)
 
 
-@pytest.mark.parametrize("module", [checks, layout])
+@pytest.mark.parametrize("module", [checks, layout_checks])
 def test_every_refusal_ends_with_what_to_do(module):
     """Also those that no table has a row for."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))

@@ -120,7 +120,7 @@ def test_experts_are_dealt_out_and_cut_by_their_own_chain() -> None:
         (
             ["parallel.expert.size=4"],
             6,
-            ("parallel.expert.size = 4", "(6 / pipeline 1) = 6 does not divide", "Set it to one of 1, 2"),
+            ("parallel.expert.size = 4", "(6 / pipeline 1) = 6 is not divisible", "Set it to one of 1, 2"),
         ),
         (["parallel.expert.size=0"], 2, ("parallel.expert.size", "= 0", "expected a number of ranks, 1 or more")),
         (
@@ -142,7 +142,7 @@ def test_experts_are_dealt_out_and_cut_by_their_own_chain() -> None:
         (
             ["parallel.tensor.size=4", "model.moe.num_shared_experts=1", "model.moe.intermediate_size=6"],
             4,
-            ("parallel.tensor.size = 4", "width of shared experts = 6 does", "to one of 1, 2, 3, 6"),
+            ("parallel.tensor.size = 4", "width of shared experts = 6 is not divisible", "to one of 1, 2, 3, 6"),
         ),
     ],
 )

@@ -21,7 +21,7 @@ from internlm.core.launch import simulated_world
 from internlm.core.mesh import ZERO_AXES, Axes, axes_of_world, build_mesh, coordinates_of
 from internlm.core.placement import Box, box_shape
 from internlm.model.transformer import build_model
-from internlm.parallel.split import pipeline_layout
+from internlm.parallel.pipeline_layout import pipeline_layout
 from internlm.solver.buckets import UnitLayout
 from internlm.solver.unit import owned_interval
 from internlm.train.dry_run import report

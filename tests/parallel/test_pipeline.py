@@ -17,8 +17,8 @@ from internlm.model.feed_forward import FeedForward
 from internlm.model.init import initial_value
 from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
+from internlm.parallel.pipeline_layout import build_layout
 from internlm.parallel.schedule import build_schedule
-from internlm.parallel.split import build_layout
 from internlm.solver.hybrid_zero import HybridZero
 from tests.parallel.oracle import CPU, build_trainer, compare, global_batch, make_config
 from tests.pool import run_ranks

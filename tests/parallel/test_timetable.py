@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from internlm.parallel.split import PipelineLayout, balanced_split, build_layout, even_split, pipeline_layout
+from internlm.parallel.pipeline_layout import PipelineLayout, balanced_split, build_layout, even_split, pipeline_layout
 from internlm.parallel.timetable import compute_table, forward_table, with_transfers
 from tests.parallel.oracle import make_config
 from tools.draw_schedules import idle_share, picture, spans

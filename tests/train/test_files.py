@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from internlm.checkpoint.checks import check_files, find_checkpoint_problems, open_files
 from internlm.checkpoint.hf import export_hf
+from internlm.checkpoint.inputs import check_files, find_checkpoint_problems, open_files
 from internlm.config.checks import ConfigError
 from internlm.config.schema import Config
 from internlm.core.launch import World

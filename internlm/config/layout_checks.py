@@ -27,9 +27,9 @@ def divisors(number: int) -> str:
 
 
 def not_divided(what: str, number: int, by: str, size: int) -> str:
-    """The arithmetic of a division that leaves a rest."""
+    """The arithmetic of a division that leaves a remainder."""
     return (
-        f"{what} = {number} does not divide by {by} = {size} ({number} = {number // size} * {size} + {number % size})"
+        f"{what} = {number} is not divisible by {by} = {size} ({number} = {number // size} * {size} + {number % size})"
     )
 
 
@@ -238,8 +238,8 @@ def world(config: Config, world_size: int | None) -> Problems:
         return
     rest = f"= {world_size // needed} * {needed} + {world_size % needed}"
     yield (
-        f"{world_size} ranks do not divide by {_axes_text(parallel)} = {needed} of `parallel` ({world_size} {rest}); "
-        f"start a multiple of {needed} ranks, or lower a size"
+        f"{world_size} ranks are not divisible by {_axes_text(parallel)} = {needed} of `parallel` "
+        f"({world_size} {rest}); start a multiple of {needed} ranks, or lower a size"
     )
 
 
