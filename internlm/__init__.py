@@ -11,6 +11,7 @@ __version__ = "1.0.0.dev0"
 
 if TYPE_CHECKING:
     from internlm.apis.generate import generate, load_model
+    from internlm.apis.sampling import Sampling
     from internlm.checkpoint.checkpointer import Checkpointer
     from internlm.checkpoint.hf import export_hf
     from internlm.config.loader import load_config
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from internlm.train.evaluate import evaluate
     from internlm.train.state import TrainState
     from internlm.train.trainer import Trainer
+    from internlm.utils.errors import UserError
 
 _ROOMS = {
     "load_config": "config.loader",
@@ -46,6 +48,8 @@ _ROOMS = {
     "Monitor": "monitor.monitor",
     "generate": "apis.generate",
     "load_model": "apis.generate",
+    "Sampling": "apis.sampling",
+    "UserError": "utils.errors",
 }
 
 # Functions of the 2023 framework that scripts called, and what does their work.
@@ -76,6 +80,8 @@ __all__ = [  # noqa: RUF022 (the order of a script)
     "Monitor",
     "generate",
     "load_model",
+    "Sampling",
+    "UserError",
 ]
 
 

@@ -1,9 +1,9 @@
-"""Attention over some of the keys, with the normaliser by which such parts are joined.
+"""Attention over some of the keys, with the log-sum-exp by which such parts are joined.
 
-Softmax attention over all keys is the average of attention over parts of the keys, weighted by exp of each part's
-log-sum-exp of scores (its normaliser). The gradient of a part needs only the final result and its normaliser.
+Softmax attention over all keys is the average of attention over parts of the keys, weighted by exp(lse), where lse is
+the log-sum-exp of a part's scores. The gradient of a part needs only the final result and the lse over all keys.
 
-Shapes: q [queries, heads, head_dim], k and v [keys, kv_heads, head_dim], normaliser [heads, queries] in fp32 (fp64
+Shapes: q [queries, heads, head_dim], k and v [keys, kv_heads, head_dim], lse [heads, queries] in fp32 (fp64
 stays). With `segments`, queries and keys are the same tokens and attention is causal inside each segment; without,
 every query attends to every key.
 
@@ -26,26 +26,26 @@ _BLOCK = 128
 
 
 def part_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """(attention over the given keys in the dtype of q, or fp32 where that is computed; normaliser)."""
+    """(attention over the given keys in the dtype of q, or fp32 where that is computed; lse)."""
     if not _flash_takes(q):
         return _plain(q, k, v, segments)
     ends_q, ends_k, longest_q, longest_k = _ends(q, k, segments)
-    out, normaliser, *_ = torch.ops.aten._flash_attention_forward(
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, ends_q, ends_k, longest_q, longest_k, 0.0, segments is not None, False
     )
-    return out, normaliser
+    return out, lse
 
 
 def part_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normaliser: Tensor, segments: Segments | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v by way of the given keys. `out` and `normaliser` are those over all keys."""
+    """Gradients of q, k and v by way of the given keys. `out` and `lse` are those over all keys."""
     if not _flash_takes(q):
-        return _plain_backward(grad, q, k, v, out, normaliser, segments)
+        return _plain_backward(grad, q, k, v, out, lse, segments)
     ends_q, ends_k, longest_q, longest_k = _ends(q, k, segments)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, normaliser, ends_q, ends_k, longest_q, longest_k, 0.0, segments is not None, *no_dropout
+        grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, 0.0, segments is not None, *no_dropout
     )
 
 
@@ -67,25 +67,25 @@ def _ends(q: Tensor, k: Tensor, segments: Segments | None) -> tuple[Tensor, Tens
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
     q, k, v = _in_groups(q, k, v)
-    out, normaliser = torch.empty_like(q), q.new_empty(*q.shape[1:3], len(q))
+    out, lse = torch.empty_like(q), q.new_empty(*q.shape[1:3], len(q))
     for rows, keys, masked in _blocks(q, k, segments):
         scores = _scores(q[rows], k[keys], masked)
-        normaliser[..., rows] = scores.logsumexp(-1)
+        lse[..., rows] = scores.logsumexp(-1)
         out[rows] = torch.einsum("hgqk,khd->qhgd", scores.softmax(-1), v[keys])
-    return out.flatten(1, 2), normaliser.flatten(0, 1)
+    return out.flatten(1, 2), lse.flatten(0, 1)
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normaliser: Tensor, segments: Segments | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = q.shape, k.shape, v.shape
     q, k, v = _in_groups(q, k, v)
     grad, out = (x.to(q.dtype).view_as(q) for x in (grad, out))
-    normaliser = normaliser.view(*q.shape[1:3], len(q))
+    lse = lse.view(*q.shape[1:3], len(q))
     mean = (grad * out).sum(-1).permute(1, 2, 0)  # [kv_heads, group, queries]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys, masked in _blocks(q, k, segments):
-        weights = (_scores(q[rows], k[keys], masked) - normaliser[..., rows, None]).exp()
+        weights = (_scores(q[rows], k[keys], masked) - lse[..., rows, None]).exp()
         grad_v[keys] += torch.einsum("hgqk,qhgd->khd", weights, grad[rows])
         grad_weights = torch.einsum("qhgd,khd->hgqk", grad[rows], v[keys])
         grad_scores = weights * (grad_weights - mean[..., rows, None]) / q.shape[-1] ** 0.5

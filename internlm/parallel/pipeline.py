@@ -26,7 +26,7 @@ from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
 from internlm.parallel.contract import GradientEngine, OnLoss
 from internlm.parallel.pipeline_layout import PipelineLayout, pipeline_layout
-from internlm.parallel.recompute import num_recomputing
+from internlm.parallel.recompute import num_with_recomputation
 from internlm.parallel.sequence import own_part
 from internlm.parallel.split_backward import Join, backward_input, backward_weights
 from internlm.parallel.timetable import Action, Table, compute_table, forward_table, input_of, output_of, with_transfers
@@ -206,7 +206,7 @@ class _Chunk:
         self.first, self.last = index == 0, index == layout.num_chunks - 1
         self.modules = layout.modules(index)
         # A backward in two parts would compute what is recomputed in both, so these blocks have it in one.
-        count = num_recomputing(len(layers), config.model.checkpoint)
+        count = num_with_recomputation(len(layers), config.model.checkpoint)
         self.modules_at_once = [f"layers.{layer}" for layer in layers[:count]]
         self.modules_later = [name for name in self.modules if name not in self.modules_at_once]
         at_once = [model.get_submodule(name) for name in self.modules_at_once]

@@ -38,7 +38,7 @@ def num_recomputed(num_blocks: int, fraction: float) -> int:
     return int(num_blocks * fraction)
 
 
-def num_recomputing(num_blocks: int, checkpoint: bool | float | str) -> int:
+def num_with_recomputation(num_blocks: int, checkpoint: bool | float | str) -> int:
     """How many of the blocks of a chunk, the first ones, compute anything again in backward."""
     return num_blocks if isinstance(checkpoint, str) else num_recomputed(num_blocks, float(checkpoint))
 
@@ -62,7 +62,7 @@ def recompute_blocks(layers: Sequence[nn.Module], config: ModelConfig) -> None:
             layer = block.get_submodule("feed_forward")
             replace_forward(layer, MethodType(_recomputed_from_product, layer))
         return
-    selective, count = config.checkpoint == "selective", num_recomputing(len(layers), config.checkpoint)
+    selective, count = config.checkpoint == "selective", num_with_recomputation(len(layers), config.checkpoint)
     for block in layers[:count]:
         replace_forward(block, partial(_recomputed, block.forward, selective))
     if selective:

@@ -4,8 +4,9 @@ Step 0 is causal attention among a rank's own tokens. In step s a rank computes 
 rank s before it (zigzag.py says which), while the keys of step s + 1 are on their way. Keys go straight to the
 rank that needs them, and only as many as it needs: in rows of many short documents, next to none.
 
-Partial results are joined by their normalisers in fp32. Backward sends keys and values again, instead of keeping those
-of all ranks, and returns their gradients to the owner; each part's gradient is exact given the final normaliser.
+Partial results are joined in fp32 by lse, the log-sum-exp of their scores. Backward sends keys and values again,
+instead of keeping those of all ranks, and returns their gradients to the owner; each part's gradient is exact given the
+final lse.
 
 The idea is that of Ring Attention (Liu et al., 2023).
 """
@@ -64,9 +65,9 @@ class _RingAttention(torch.autograd.Function):
             if step.compute is not None:
                 assert keys_values is not None
                 rows, (their_k, their_v) = step.compute.queries, keys_values
-                normaliser = lse[:, rows].contiguous()
+                rows_lse = lse[:, rows].contiguous()
                 grad_rows, *computed = part_attention_backward(
-                    grad[rows], q[rows], their_k, their_v, out[rows], normaliser, None
+                    grad[rows], q[rows], their_k, their_v, out[rows], rows_lse, None
                 )
                 grad_q[rows] += grad_rows
             # Back to the owner; what this rank sent forward in the same step returns from where it went.
@@ -95,7 +96,7 @@ def _fetch(k: Tensor, v: Tensor, segments: RingSegments, number: int, group: Gro
 
 
 def _merge_(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Joins attention over two sets of keys in place: totals [tokens, heads, d], normalisers [heads, tokens]."""
+    """Joins attention over two sets of keys in place: totals [tokens, heads, d], log-sum-exps [heads, tokens]."""
     joined = torch.logaddexp(lse, part_lse)
     old, new = ((x - joined).exp().T[..., None] for x in (lse, part_lse))
     total.mul_(old).add_(part * new)

@@ -38,8 +38,8 @@ def test_one_document_in_two_parts(device, dtype, tolerance, heads, kv_heads, bo
     lse = torch.cat((lse[:, early], joined), dim=1)
 
     grads = [x.double() for x in part_attention_backward(grad, q, k, v, out.to(dtype), lse, here)]
-    normaliser = lse[:, late].contiguous()
-    across = part_attention_backward(grad[late], q[late], k[early], v[early], out[late].to(dtype), normaliser, None)
+    late_lse = lse[:, late].contiguous()
+    across = part_attention_backward(grad[late], q[late], k[early], v[early], out[late].to(dtype), late_lse, None)
     for whole, part, rows in zip(grads, across, (late, early, early), strict=True):
         whole[rows] += part
     for ours, theirs in zip((out, *grads), (expected, *(x.grad for x in exact)), strict=True):
