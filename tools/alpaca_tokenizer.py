@@ -93,7 +93,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code: 0 when all went well, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when all went well, 2 for a mistake that the user can fix."""
     return exit_code(lambda: convert(parse_arguments()))
 
 

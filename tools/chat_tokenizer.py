@@ -61,7 +61,7 @@ def tokenize(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code: 0 when all is written, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when all is written, 2 for a mistake that the user can fix."""
     setup_logging(0, 1)
     return exit_code(lambda: tokenize(parse_arguments()))
 

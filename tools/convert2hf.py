@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what the user can mend."""
+    """Raises UserError for what the user can fix."""
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
@@ -151,7 +151,7 @@ def template_for(asked: str | None, data: DataConfig, tokenizer: str | None) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when the export is complete, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when the export is complete, 2 for a mistake that the user can fix."""
     setup_logging(rank=0, world_size=1)
     return exit_code(lambda: convert(parse_arguments(arguments)))
 

@@ -55,7 +55,7 @@ def open_source(folder: str, top_k: int | None) -> tuple[dict[str, Any], str, Ca
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Raises UserError for what the user can mend."""
+    """Raises UserError for what the user can fix."""
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
@@ -84,7 +84,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when the checkpoint is complete, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when the checkpoint is complete, 2 for a mistake that the user can fix."""
     setup_logging(rank=0, world_size=1)
     return exit_code(lambda: convert(parse_arguments(arguments)))
 

@@ -85,7 +85,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when all tasks are scored, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when all tasks are scored, 2 for a mistake that the user can fix."""
     setup_logging(rank=0, world_size=1)
     return exit_code(lambda: evaluate(parse_arguments(arguments)))
 

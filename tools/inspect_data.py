@@ -103,7 +103,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code: 0 when all went well, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when all went well, 2 for a mistake that the user can fix."""
     setup_logging(0, 1)
     return exit_code(lambda: inspect(parse_arguments()))
 

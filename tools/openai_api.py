@@ -56,7 +56,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when it was stopped, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when it was stopped, 2 for a mistake that the user can fix."""
     setup_logging(rank=0, world_size=1)
     return exit_code(lambda: serve(parse_arguments(arguments)))
 

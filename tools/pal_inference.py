@@ -195,7 +195,7 @@ def _results(file: Path) -> list[dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when all questions are answered, 2 for a mistake that the user can mend."""
+    """Exit code: 0 when all questions are answered, 2 for a mistake that the user can fix."""
     setup_logging(rank=0, world_size=1)
     return exit_code(lambda: infer(parse_arguments(arguments)))
 

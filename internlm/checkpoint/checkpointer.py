@@ -140,7 +140,7 @@ class Checkpointer:
 
         self._background.start(work)
         logger.info(
-            "saving %s checkpoint of step %d: training stood still for %.3f s, %.3f s of them for the previous save",
+            "saving %s checkpoint of step %d: training paused for %.3f s, %.3f s of them for the previous save",
             *(kind, step, copied, waited),
         )
         if not self.config.ckpt.async_upload:

@@ -2,7 +2,7 @@
 
 The run that has the folder keeps an object there with its name and a number, which it raises every BEAT seconds. A run
 that finds such an object watches it for SILENCE seconds. If it changes, its run is alive and the newcomer is refused;
-if not, that run was killed and the folder is free. So no two clocks are compared. A run that stood still for longer
+if not, that run was killed and the folder is free. So no two clocks are compared. A run that was paused for longer
 than that finds another's name in its place, and saves no more; so does the earlier of two that came at the same moment.
 All this needs of a store is that a read sees the last write, as those of S3, Google and Azure do.
 """
@@ -56,7 +56,7 @@ class Lease:
         """Raises UserError if another run has taken the folder."""
         if (other := self._other()) is not None:
             raise UserError(
-                f"{self.what} was taken by {other}: this run stood still for too long, or both started at the "
+                f"{self.what} was taken by {other}: this run was paused for too long, or both started at the "
                 "same moment. It ends here and leaves the folder to the other; choose another folder for one of them"
             )
 

@@ -145,7 +145,8 @@ class Loader:
         raise UserError(
             "there are checkpoints, but none is whole:\n"
             + "\n".join(reasons)
-            + "\nMend or move them away, or start anew with another ckpt.save_ckpt_folder (or ckpt.auto_resume=False)."
+            + "\nRepair them, move them away, or start a new run with another ckpt.save_ckpt_folder "
+            "(or ckpt.auto_resume=False)."
         )
 
     def _verified(self, storage: Storage, folder: str) -> Found:

@@ -26,7 +26,7 @@ _LASTING |= {errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, e
 
 
 def patiently(action: Callable[[], T]) -> T:
-    """Tries again, a few times, what a network or a store failed to do; what time doesn't mend is raised at once."""
+    """Tries again, a few times, what a network or a store failed to do; raises other errors at once."""
     for pause in PAUSES:
         try:
             return action()

@@ -49,8 +49,8 @@ def tensor(config: Config) -> Problems:
         return
     for what, number, unit in (
         ("model.num_kv_attention_heads", model.num_kv_heads, "each rank computes whole key/value heads"),
-        (*_cut_columns(model), "each rank computes as many feed-forward columns"),
-        ("model.vocab_size", model.vocab_size, "each rank holds as many rows of embedding and head"),
+        (*_cut_columns(model), "each rank computes an equal number of feed-forward columns"),
+        ("model.vocab_size", model.vocab_size, "each rank holds an equal number of rows of embedding and head"),
     ):
         if number % ranks:
             yield f"{not_divided(what, number, key, ranks)}; {unit}. Set {key} to one of {divisors(number)}"
@@ -80,8 +80,8 @@ def context(config: Config) -> Problems:
         )
     elif tokens // ring % ulysses:
         yield (
-            f"{not_divided('tokens of a row on a ring rank', tokens // ring, key, ulysses)}; each rank computes as "
-            f"many. Set data.seq_len to {fitting}"
+            f"{not_divided('tokens of a row on a ring rank', tokens // ring, key, ulysses)}; each rank computes an "
+            f"equal number. Set data.seq_len to {fitting}"
         )
     if ring > 1 and model.attn_backend != "auto":
         yield (
@@ -209,7 +209,7 @@ def expert(config: Config) -> Problems:
         return
     if ranks > 0 and model.num_experts % ranks:
         what = not_divided("model.num_experts", model.num_experts, key, ranks)
-        yield f"{what}; each rank holds as many. Set {key} to one of {divisors(model.num_experts)}"
+        yield f"{what}; each rank holds an equal number. Set {key} to one of {divisors(model.num_experts)}"
     tensor, parts = (
         parallel.axis_sizes["tensor"],
         parallel.axis_sizes["ring"] * parallel.axis_sizes["ulysses"],

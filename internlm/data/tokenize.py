@@ -124,7 +124,7 @@ def _half_character(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"half a character (a lone surrogate), {text[error.start]!r}; mend or leave out the text."
+        return f"half a character (a lone surrogate), {text[error.start]!r}; correct the text or leave it out."
     return ""
 
 

@@ -83,7 +83,7 @@ def _find() -> tuple[Callable[..., Any], Callable[..., Any]]:
     set_default("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    # Of an argument that is empty here, and left out: nothing that a user could mend.
+    # Of an argument that is empty here, and left out: nothing that a user could fix.
     warnings.filterwarnings("ignore", r"Argument aux_data \(position \d+\) cannot be converted", UserWarning)
     for function, names in ((_flash_attn_fwd, _FORWARD), (_flash_attn_bwd, _BACKWARD)):
         missing = set(names) - set(signature(function).parameters)
