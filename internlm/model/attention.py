@@ -84,12 +84,6 @@ class KVCache:
         self.lengths[row] = source.lengths[0]
         self.longest = max(self.longest, source.longest)
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was: reorders, repeats or drops rows, as beam search needs."""
-        self.lengths = self.lengths[rows]
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-
 
 class Attention(nn.Module):
     """Grouped-query attention: `wqkv` holds, per kv head, its query heads, then key, then value."""

@@ -69,19 +69,6 @@ def test_several_tokens_at_once_after_a_prompt():
         assert_same(logits[row], full_logits(model, tokens[row])[[4, 8, 11]])
 
 
-def test_select_reorders_rows():
-    model = random_model(tiny_config())
-    tokens = torch.randint(61, (3, 6))
-    cache = KVCache(model.config, 3, 8, "cpu", torch.float32)
-    model.decode(tokens, cache)
-    chosen = torch.tensor([2, 0, 0, 1])
-    cache.select(chosen)
-    following = torch.randint(61, (4, 1))
-    logits = model.decode(following, cache)
-    for row, source in enumerate(chosen):
-        assert_same(logits[row], full_logits(model, torch.cat((tokens[source], following[row])))[-1])
-
-
 def test_a_full_cache_refuses():
     model = random_model(tiny_config())
     cache = KVCache(model.config, 1, 4, "cpu", torch.float32)
