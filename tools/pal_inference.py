@@ -190,7 +190,7 @@ def _results(file: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise UserError(
-            f"{file} can't be continued, a line is broken ({error}): mend it, or leave out --append"
+            f"{file} can't be continued, a line is broken ({error}): fix it, or leave out --append"
         ) from error
 
 
