@@ -213,7 +213,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exits with 0 at the end of the conversation, with 2 for a mistake that the user can mend."""
+    """Exits with 0 at the end of the conversation, with 2 for a mistake that the user can fix."""
     given = parse_arguments(arguments)
     setup_logging(rank=0, world_size=1)
     try:
