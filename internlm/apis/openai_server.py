@@ -11,15 +11,15 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from internlm.apis.batching import BusyError
 from internlm.apis.chat import ChatModel, Reply, ReplyOptions
 from internlm.apis.sampling import Sampling
 from internlm.apis.tool_calls import before_calls
-from internlm.data.message import Message, ToolCall, messages_of
+from internlm.data.message import Message, ToolCall, messages_of, short
 from internlm.utils.errors import UserError
 
 NAME_OF_2023 = "internlm"  # what the server of 2023 called its model, with paths /internlm/...
@@ -31,8 +31,17 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
 class Request(BaseModel):
-    """The body of a chat completion. Unknown keys are refused, as they might change the answer."""
+    """The body of a chat completion. Unknown keys are refused, as they might change the answer.
+
+    A key that is null counts as absent, as with OpenAI, and what is not offered may be asked for in its neutral value.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,20 +60,35 @@ class Request(BaseModel):
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | None = Field(None, pattern="^(auto|none)$")
+    # not offered
     n: int | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logprobs: bool | None = Field(None, json_schema_extra={"enum": [False]})
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    logprobs: Literal[False] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=0)
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
     # these change no answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     parallel_tool_calls: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def options(self, chat: ChatModel) -> ReplyOptions:
         """Raises UserError for what can't be done."""
-        if self.logprobs:
-            raise UserError("logprobs: not offered")
+        for tool in self.tools or ():
+            function = tool.get("function", tool)
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise UserError(f'tools: {short(tool)} has no function with a "name"')
         if self.stream_options and not self.stream:
             raise UserError("stream_options: only with stream=true")
         default = ReplyOptions().sampling
@@ -151,17 +175,20 @@ def build_app(chat: ChatModel) -> Any:
 
     threads = ThreadPoolExecutor(chat.batcher.max_requests, "reply")  # the server's own 40 may all be waiting
     app = fastapi.FastAPI(title=f"internlm: {chat.name}")
+    model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "owner"}
 
     def refuse(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> Any:
         return JSONResponse({"error": _error(message, kind, code)}, status)
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def wrong_body(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> Any:
-        parts = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
-        return refuse(400, "; ".join(parts))
+        return refuse(400, "; ".join(map(_problem, error.errors())))
 
     async def not_served(_: fastapi.Request, error: Any) -> Any:
         return refuse(error.status_code, str(error.detail))
+
+    def unknown(name: str) -> Any:
+        return refuse(404, f"model {name!r} is not served here, {chat.name!r} is", code="model_not_found")
 
     for status in range(400, 500):  # no such path or method, a body that is no text
         app.add_exception_handler(status, not_served)
@@ -173,13 +200,17 @@ def build_app(chat: ChatModel) -> Any:
     @app.get("/v1/models")
     @app.get("/internlm/models")
     async def models() -> Any:
-        return {"object": "list", "data": [{"id": chat.name, "object": "model", "created": 0, "owned_by": "owner"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Any:
+        return model if name == chat.name else unknown(name)
 
     @app.post("/v1/chat/completions")
     @app.post("/internlm/chat/completions")
     async def complete(body: Request, request: fastapi.Request) -> Any:
         if body.model not in (chat.name, NAME_OF_2023):
-            return refuse(404, f"model {body.model!r} is not served here, {chat.name!r} is", code="model_not_found")
+            return unknown(body.model)
         try:
             options = body.options(chat)
             reply = chat.reply(messages_of(body.messages), options)
@@ -234,6 +265,12 @@ def _tool_calls(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
         }
         for call in calls
     ]
+
+
+def _problem(found: Mapping[str, Any]) -> str:
+    """A fault that pydantic found in a body, in a line."""
+    message = "not offered here" if found["type"] in ("extra_forbidden", "literal_error") else found["msg"]
+    return f"{'.'.join(map(str, found['loc'][1:]))}: {message}"
 
 
 def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:

@@ -53,6 +53,17 @@ def ask(client: Any, text: str, **options: Any) -> Any:
 
 def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["hf"]
+    assert client.models.retrieve("hf").owned_by == "owner"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("organisation/other")
+
+
+def test_what_changes_nothing_may_be_asked_for(client: Any) -> None:
+    """Many clients send the defaults of OpenAI's API, or null."""
+    neutral = {"response_format": {"type": "text"}, "logit_bias": {}, "top_logprobs": 0, "modalities": ["text"], "n": 1}
+    nulls = dict.fromkeys(("stream", "prediction", "tools", "logprobs"))
+    extra_body = {**neutral, **nulls, "service_tier": "auto", "prompt_cache_key": "a", "safety_identifier": "b"}
+    assert ask(client, HELLO, extra_body=extra_body).choices[0].message.content == ANSWERS[HELLO]
 
 
 @pytest.mark.parametrize("question", ANSWERS)
@@ -191,7 +202,10 @@ def test_more_wait_than_the_server_has_threads_by_default(client: Any, chat: Cha
         ({"model": "gpt"}, 404, "'gpt' is not served here, 'hf' is"),
         ({"n": 2}, 400, "n: "),
         ({"logprobs": True}, 400, "logprobs: not offered"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format: Extra inputs"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type: not offered here"),
+        ({"logit_bias": {"3": 5}}, 400, "logit_bias: "),
+        ({"extra_body": {"min_p": 0.1}}, 400, "min_p: not offered here"),
+        ({"tools": [{"type": "function", "function": {}}]}, 400, 'has no function with a "name"'),
         ({"temperature": -1}, 400, "temperature: "),
         ({"messages": [{"role": "robot", "content": ""}]}, 400, 'role "robot" is unknown'),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the limit is 512"),
