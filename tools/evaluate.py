@@ -2,6 +2,7 @@
 
     python tools/evaluate.py runs/demo --tasks mine --include_path tasks/
     python tools/evaluate.py runs/demo/hf --tasks hellaswag,piqa --limit 200 --output scores.json
+    python tools/evaluate.py runs/7B_sft --tasks gsm8k --apply_chat_template
 
 The model is a run, a checkpoint, or a folder in Hugging Face format; it is read and computed by this framework. Tasks
 are names that lm_eval knows (it fetches their data) or those of YAML files in --include_path.
@@ -19,6 +20,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
+from internlm.apis.chat import template_of_model
 from internlm.apis.generate import check_length, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.checkpoint.hf import HFReader
@@ -37,7 +39,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--include_path", help="folder with YAML files of tasks of your own")
     add("--num_fewshot", type=int, help="examples before each question; default: as the task says")
     add("--limit", type=int, help="questions of each task; default: all")
+    add("--apply_chat_template", action="store_true", help="ask as a conversation, in the model's chat template")
+    add("--system_instruction", help="text of the system, before each question")
     add("--output", type=Path, help="write all results there as JSON")
+    add("--log_samples", action="store_true", help="with each question, answer and score in --output")
     add("--tokenizer", help="sentencepiece .model, tokenizer.json or Hugging Face folder; default: the model's own")
     add("--device", help="such as cuda:1 or cpu; default: the GPU if there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: as stored")
@@ -48,6 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> None:
     """Scores the model, and shows and writes the results. Raises UserError."""
+    if given.log_samples and given.output is None:
+        raise UserError("--log_samples: they are written into --output, which is missing")
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
     manager = open_tasks(tasks, given.include_path)
     reader = open_model(given.path)
@@ -60,9 +67,14 @@ def evaluate(given: argparse.Namespace) -> None:
         raise UserError(f"--max_length {max_length}: must be at least 2")
     check_length(max_length, config, f"--max_length {max_length}")
     check_tasks(tasks, manager, max_length)
-    stops = inspect_tokenizer(given.path, config.vocab_size).end_ids if isinstance(reader, HFReader) else []
+    template = template_of_model(reader, given.path) if given.apply_chat_template else None
+    if isinstance(reader, HFReader):
+        stops = inspect_tokenizer(given.path, config.vocab_size).end_ids
+    else:
+        stops = [index for text in (template.stop if template else ()) if (index := tokenizer.id_of(text)) is not None]
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
-    results = run_tasks(scorer, tasks, manager, num_fewshot=given.num_fewshot, limit=given.limit)
+    settings = {name: getattr(given, name) for name in ("num_fewshot", "limit", "system_instruction", "log_samples")}
+    results = run_tasks(scorer, tasks, manager, template, **settings)
     if results is None:
         raise UserError("the first process of a node alone has the scores: start this without torchrun")
     show(results)

@@ -4,8 +4,9 @@ The only place that needs lm_eval (requirements/eval.txt). Texts become the ids 
 makes of an export, so that scores agree. Requests are packed into rows without padding; a row's logits are never held.
 """
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -15,6 +16,8 @@ from rich.progress import track
 from internlm.apis.generate import stream
 from internlm.apis.sampling import Sampling
 from internlm.apis.text_stream import TextStream
+from internlm.data.chat_template import ChatTemplate
+from internlm.data.message import messages_of
 from internlm.data.tokenizer import Tokenizer
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.transformer import Transformer
@@ -100,20 +103,24 @@ class Scorer:
     def continuations(
         self, prompts: Sequence[Sequence[int]], until: Sequence[str], sampling: Sampling, limit: int
     ) -> list[str]:
-        """The text behind each prompt, up to the first of `until` or a stop id."""
+        """The text behind each prompt, up to the first of `until` or a stop id, without special tokens."""
+        unseen = self.stop_ids | self.tokenizer.special_ids
         streams = [TextStream(self.tokenizer, until) for _ in prompts]
         texts = [""] * len(prompts)
         for tokens in stream(self.model, prompts, limit, sampling, tuple(self.stop_ids)):
             for index, token in enumerate(tokens):
-                if token is not None and token not in self.stop_ids:
+                if token is not None and token not in unseen:
                     texts[index] += streams[index].add(token)
             if all(row.stopped or token is None for row, token in zip(streams, tokens, strict=True)):
                 break
         return [text + row.finish() for text, row in zip(texts, streams, strict=True)]
 
 
-def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
-    """The object that `lm_eval.simple_evaluate(model=...)` takes. Raises UserError where lm_eval is missing."""
+def harness_model(scorer: Scorer, num_rows: int = 8, template: ChatTemplate | None = None) -> Any:
+    """The object that `lm_eval.simple_evaluate(model=...)` takes. Raises UserError where lm_eval is missing.
+
+    `template` writes the conversations of `apply_chat_template=True`.
+    """
     _lm_eval()
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -170,7 +177,29 @@ def harness_model(scorer: Scorer, num_rows: int = 8) -> Any:
                     found[index] = text
             return found
 
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return "" if template is None else template.source
+
+        @property
+        def tokenizer_name(self) -> str:
+            return "" if template is None else template.name
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            assert template is not None
+            return _chat_text(template, chat_history, add_generation_prompt)
+
     return InternLM()
+
+
+def _chat_text(template: ChatTemplate, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """The conversation as text; without `add_generation_prompt` it ends within the last turn, which is to go on."""
+    messages = messages_of(turns)
+    if add_generation_prompt:
+        return template.render(messages, add_generation_prompt=True)
+    cut = secrets.token_hex(16)
+    return template.render([*messages[:-1], replace(messages[-1], content=messages[-1].content + cut)]).partition(cut)[
+        0
+    ]
 
 
 @dataclass(frozen=True)
@@ -225,14 +254,21 @@ def _check_room(task: str, limit: int, max_length: int) -> None:
         )
 
 
-def run_tasks(scorer: Scorer, tasks: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any] | None:
+def run_tasks(
+    scorer: Scorer, tasks: Sequence[str], manager: Any, template: ChatTemplate | None = None, **settings: Any
+) -> dict[str, Any] | None:
     """The harness's results of `tasks`, known to `manager` (see `open_tasks`).
 
-    Under torchrun the harness has results on the first process of a node alone: None on the others.
-    `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit. Raises UserError.
+    With a `template`, questions are asked as conversations. Under torchrun the harness has results on the first process
+    of a node alone: None on the others. `settings` are those of `lm_eval.simple_evaluate`, such as num_fewshot and
+    limit. Raises UserError.
     """
     return _lm_eval().simple_evaluate(
-        model=harness_model(scorer), tasks=list(tasks), task_manager=manager, log_samples=False, **settings
+        model=harness_model(scorer, template=template),
+        tasks=list(tasks),
+        task_manager=manager,
+        apply_chat_template=template is not None,
+        **{"log_samples": False, **settings},
     )
 
 

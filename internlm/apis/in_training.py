@@ -87,7 +87,7 @@ class _Exam:
         asked = self.asked
         if self.tasks is None:
             return {}
-        settings = {"limit": asked.limit, "bootstrap_iters": 0, **_LEAVE_SEEDS}
+        settings: dict[str, Any] = {"limit": asked.limit, "bootstrap_iters": 0, **_LEAVE_SEEDS}
         results = run_tasks(self.scorer, asked.tasks, self.tasks, **settings) or {"results": {}}
         return {
             f"{task}_{name.removesuffix(',none')}": value

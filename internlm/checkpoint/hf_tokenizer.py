@@ -97,7 +97,8 @@ def write_tokenizer(
 ) -> dict[str, Any]:
     """Write the tokenizer files into `folder`; `max_length` is the longest input in tokens.
 
-    With a chat template, its turn marks become special tokens where InternLM2's tokenizer has free pieces for them.
+    With a chat template, its turn marks become special tokens, also those for which InternLM2's tokenizer has free
+    pieces of other names.
     Returns the special ids for generation_config.json: an answer also ends at the template's stop tokens.
     """
     _write_files(source, folder, max_length, template)
@@ -153,7 +154,8 @@ def _write_files(source: TokenizerSource, folder: Path, max_length: int, templat
         for name, piece in INTERNLM2_NAMES.items()
         if template is not None and piece in pieces and name in template.source
     }
-    _write_fast_tokenizer(processor, folder / "tokenizer.json", renamed)
+    marks = {*template.stop, *(name for name in INTERNLM2_NAMES if name in template.source)} if template else set()
+    _write_fast_tokenizer(processor, folder / "tokenizer.json", renamed, marks)
 
 
 def _special_ids(processor: SentencePieceProcessor) -> tuple[int, int, int]:
@@ -207,8 +209,10 @@ def _proto(processor: SentencePieceProcessor) -> Any:
     return proto
 
 
-def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed: dict[str, str]) -> None:
-    """The sentencepiece model as tokenizer.json. `renamed` pieces get other names and become special tokens."""
+def _write_fast_tokenizer(
+    processor: SentencePieceProcessor, file: Path, renamed: dict[str, str], marks: set[str]
+) -> None:
+    """The sentencepiece model as tokenizer.json. `renamed` pieces get other names; they and `marks` become special."""
     proto = _proto(processor)
     from tokenizers import AddedToken, Tokenizer, processors
 
@@ -216,10 +220,9 @@ def _write_fast_tokenizer(processor: SentencePieceProcessor, file: Path, renamed
     tokenizer.normalizer, tokenizer.decoder = _normaliser(proto.normalizer_spec), _decoder(proto.normalizer_spec)
     kinds = proto.SentencePiece
     for piece in proto.pieces:
-        if piece.type in (kinds.UNKNOWN, kinds.CONTROL):
-            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in user_defined])
+        if piece.type in (kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED):
+            special = piece.type != kinds.USER_DEFINED or piece.piece in marks
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=special)])
     if processor.bos_id() >= 0:
         bos = processor.id_to_piece(processor.bos_id())
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -66,6 +66,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     ends: tuple[str, str]  # texts of the tokens that begin and end a document, "" where there is none
     control: "re.Pattern[str]"  # finds the texts that are control tokens
+    special_ids: frozenset[int]  # control tokens that a text for people leaves out
 
     def encode(self, text: str, literal: Collection[int] = ()) -> list[int]:
         """The ids of `text`, control tokens in it as one id each, nothing added."""
@@ -172,9 +173,11 @@ class _SentencePiece(_InParts):
         self.bos_id, self.eos_id = (index if index >= 0 else None for index in (model.bos_id(), model.eos_id()))
         bos, eos = ("" if index is None else model.id_to_piece(index) for index in (self.bos_id, self.eos_id))
         self.ends = (bos, eos)
-        kept_whole = filter(_CONTROL_LIKE.fullmatch, ModelFields(model.serialized_model_proto()).user_defined)
+        user_defined = ModelFields(model.serialized_model_proto()).user_defined
+        kept_whole = [piece for piece in user_defined if _CONTROL_LIKE.fullmatch(piece)]
         self.control = any_of({*self.special, *kept_whole})
         self._special = any_of(self.special)
+        self.special_ids = self.silent | {*named.values(), *map(model.piece_to_id, kept_whole)}
 
     def _locate(self, text: str) -> Encoding:
         parts: list[tuple[Encoding, int]] = []
@@ -233,6 +236,7 @@ class _Fast(_InParts):
         added = self.backend.get_added_tokens_decoder().items()
         control = {i: t.content for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
         self.control, self._control_ids = any_of(control.values()), np.array(list(control), np.int64)
+        self.special_ids = self.silent | {i for i, t in added if t.special}
 
     def _locate(self, text: str) -> Encoding:
         encoded = self.backend.encode(text, add_special_tokens=False)

@@ -82,16 +82,73 @@ def test_generation(ours: Any, theirs: Any) -> None:
     assert ours.generate_until(requests) == theirs.generate_until(requests)
 
 
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: str, rest: str) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(CHOICES.format(name=name, data=data, kind=kind) + rest)
+
+
+def test_questions_as_conversations(chat_folder: Path, tmp_path: Path) -> None:
+    """In the model's chat template, with examples and a system text, against the harness by itself."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    said = [{"q": question, "a": ANSWERS[question], "choices": list(ANSWERS.values())} for question in ANSWERS]
+    write_task(
+        *(tmp_path, "said", said, "generate_until"),
+        "doc_to_text: q\ndoc_to_target: a\nmetric_list: [{metric: exact_match}]\n"
+        "generation_kwargs: {until: [], max_gen_toks: 40}\n",
+    )
+    write_task(
+        *(tmp_path, "chosen", said, "multiple_choice"),
+        "doc_to_text: q\ndoc_to_target: a\ndoc_to_choice: choices\ngen_prefix: 'It says:'\n"
+        "fewshot_split: test\nmetric_list: [{metric: acc}]\n",
+    )
+    for system, num_fewshot in ((None, 0), ("be brief", 1)):
+        hf = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(chat_folder), "dtype": "float32", "max_length": 512},
+            tasks=["said", "chosen"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            apply_chat_template=True,
+            system_instruction=system,
+            num_fewshot=num_fewshot,
+            device="cpu",
+        )
+        for folder in (chat_folder, chat_folder.parent / "native"):
+            output = tmp_path / "scores.json"
+            command = [str(folder), "--tasks", "said,chosen", "--include_path", str(tmp_path), "--output", str(output)]
+            command += ["--num_fewshot", str(num_fewshot), "--apply_chat_template", "--log_samples", "--device", "cpu"]
+            assert main([*command, *(["--system_instruction", system] if system else [])]) == 0
+            found = json.loads(output.read_text())
+            for task in ("said", "chosen"):
+                assert_samples_agree(found["samples"][task], hf["samples"][task])
+            for task, measure in (("said", "exact_match,none"), ("chosen", "acc,none")):
+                assert found["results"][task][measure] == hf["results"][task][measure]
+        if system is None:
+            assert found["results"]["said"]["exact_match,none"] >= 0.5  # as learnt
+
+
+def assert_samples_agree(found: Any, expected: Any) -> None:
+    assert len(found) == len(expected) == len(ANSWERS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [given[0] for given in ours["arguments"]] == [given[0] for given in theirs["arguments"]]
+        if "acc" in theirs:
+            scores = [[float(score[0]) for score in sample["filtered_resps"]] for sample in (ours, theirs)]
+            assert scores[0] == pytest.approx(scores[1], abs=2e-3, rel=1e-5)
+        else:
+            assert ours["filtered_resps"] == theirs["filtered_resps"]
+
+
 def test_the_command(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A task of one's own, on a checkpoint and on its export, against the harness by itself."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     rows = [{"q": f"{n} {n + 1}", "right": n % 2, "choices": [str(n + 5), str(n + 2)]} for n in range(1, 9)]
-    (tmp_path / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "next.yaml").write_text(
-        CHOICES.format(name="next_number", data=tmp_path / "next.jsonl", kind="multiple_choice")
-        + 'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
+    write_task(
+        *(tmp_path, "next_number", rows, "multiple_choice"),
+        'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n',
     )
     for length, problem in (("100000", "the model was made for 512"), ("1", "must be at least 2")):
         command = [str(chat_folder), "--tasks", "next_number", "--include_path", str(tmp_path), "--max_length", length]

@@ -75,10 +75,7 @@ def make_chat_folder(folder: Path, steps: int = 120) -> Path:
     config = Config(model_type="INTERNLM2_PUBLIC", model=model_config, data=data)
     write_native(folder / "native", config, model)
     named = dict(model.named_parameters())
-    export_hf(named.__getitem__, config, folder / "hf", dtype="float32", tokenizer=str(tokenizer_file))
-    (folder / "hf" / "chat_template.jinja").write_text(TEMPLATE.plain_source, encoding="utf-8")
-    end = tokenizer.id_of("<|im_end|>")
-    (folder / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}), encoding="utf-8")
+    export_hf(named.__getitem__, config, folder / "hf", dtype="float32", tokenizer=tokenizer_file, template=TEMPLATE)
     return folder / "hf"
 
 

@@ -226,7 +226,7 @@ def load_chat(
     device = find_device(device)
     reader = open_model(folder)
     words = tokenizer_of(reader, folder) if tokenizer is None else open_tokenizer(tokenizer)
-    chat_template = _template(reader, folder) if template is None else find_template(template)
+    chat_template = template_of_model(reader, folder) if template is None else find_template(template)
     config = model_config(reader)
     check_tokenizer(words, config)
     if max_length is not None:
@@ -243,7 +243,8 @@ def load_chat(
     return ChatModel(batcher, words, chat_template, Path(folder).resolve().name)
 
 
-def _template(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:
+def template_of_model(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:
+    """The chat template of an opened folder, that of the run's data, or that of its model type. Raises UserError."""
     if isinstance(reader, HFReader):
         return template_of(folder)
     if reader.config.data.type in ("chat", "preference"):
