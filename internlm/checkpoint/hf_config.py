@@ -24,6 +24,13 @@ _CLASSES = {
 }
 _PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2", "internlm3": "InternLM3"}  # of the remote-code classes
 _GRANITE_FACTORS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+# What a key that config.json leaves out means to transformers 5, where that isn't what it means for Llama.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768},
+    "mixtral": dict(num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6),
+}
 # What a reader may set otherwise without loading a different set of weights.
 _FREE = ("rope_base", "rope_scaling", "max_position_embeddings")
 _WHOLE = ("original_max_position_embeddings",)
@@ -143,6 +150,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     layout = hf.get("model_type")
     if layout not in _CLASSES:
         raise UserError(f"{file}: model_type={layout!r} is not supported; supported are {', '.join(_CLASSES)}")
+    hf = {**_DEFAULTS.get(layout, {}), **hf}
     for key in ("rope_parameters", "rope_scaling", "rotary"):
         if not isinstance(hf.get(key) or {}, dict):
             raise UserError(f"{file}: {key}={hf[key]!r} is no object with a type and its values")
@@ -165,8 +173,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "vocab_size": hf["vocab_size"],
         "num_attention_heads": heads,
         "num_kv_attention_heads": kv_heads,
-        # The one family whose default is a number, not the quotient.
-        "head_dim": hf.get("head_dim") or (128 if layout == "qwen3" else hf["hidden_size"] // heads),
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
         "intermediate_size": hf["intermediate_size"],
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
         "rope_base": float(_rope(hf).get("rope_theta", 10000.0)),
@@ -273,6 +280,7 @@ def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": hf.get("mlp_bias", False),
         "use_sliding_window": hf.get("use_sliding_window", False),
+        "layer_types": "sliding_attention" in (hf.get("layer_types") or []),
         "sliding_window": hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None,
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(hf.get("mlp_only_layers")),

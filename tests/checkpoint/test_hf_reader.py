@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from internlm.checkpoint.hf import HFReader, export_hf
+from internlm.checkpoint.hf_config import model_section
 from internlm.config.rope_section import RopeScaling
 from internlm.config.schema import ModelConfig
 from internlm.model.transformer import Transformer
@@ -155,6 +156,7 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
         ({"model_type": "granitemoe"}, "attention_multiplier=missing"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
@@ -178,6 +180,19 @@ def test_what_we_cannot_compute_is_refused(export: Path, changes: dict[str, Any]
     edit(export / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         HFReader(export).read("embedding.weight")
+
+
+FAMILIES = (LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig, MixtralConfig, GraniteMoeConfig)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_left_out_means_what_it_means_to_transformers(family: Any) -> None:
+    least = {"vocab_size": 67, "hidden_size": 256, "intermediate_size": 80, "num_hidden_layers": 2}
+    least |= {"num_attention_heads": 64, **({"attention_multiplier": 0.5} if family is GraniteMoeConfig else {})}
+    whole = json.loads(family(**least).to_json_string(use_diff=False))
+    assert model_section({**least, "model_type": family.model_type}, "config.json") == model_section(
+        whole, "config.json"
+    )
 
 
 @pytest.mark.parametrize(
