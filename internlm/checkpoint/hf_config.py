@@ -29,7 +29,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
     "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768},
-    "mixtral": dict(num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6),
+    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
 }
 # What a reader may set otherwise without loading a different set of weights.
 _FREE = ("rope_base", "rope_scaling", "max_position_embeddings")
