@@ -8,100 +8,22 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any
 
 from internlm.apis.batching import BusyError
-from internlm.apis.chat import ChatModel, Reply, ReplyOptions
-from internlm.apis.sampling import Sampling
+from internlm.apis.chat import ChatModel, Reply
+from internlm.apis.openai_request import Request, problem
 from internlm.apis.tool_calls import before_calls
-from internlm.data.message import Message, ToolCall, messages_of, short
+from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
 
 NAME_OF_2023 = "internlm"  # what the server of 2023 called its model, with paths /internlm/...
 
 _WATCH_EVERY = 0.2  # seconds between looks at whether a client is still there
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-
-
-class Request(BaseModel):
-    """The body of a chat completion. Unknown keys are refused, as they might change the answer.
-
-    A key that is null counts as absent, as with OpenAI, and what is not offered may be asked for in its neutral value.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
-    max_tokens: int | None = Field(None, gt=0)
-    max_completion_tokens: int | None = Field(None, gt=0)
-    max_length: int | None = None  # accepted and without effect, as in 2023
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | None = Field(None, pattern="^(auto|none)$")
-    # not offered
-    n: int | None = Field(None, ge=1, le=1)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    logprobs: Literal[False] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=0)
-    response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-    # these change no answer
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    parallel_tool_calls: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
-
-    def options(self, chat: ChatModel) -> ReplyOptions:
-        """Raises UserError for what can't be done."""
-        for tool in self.tools or ():
-            function = tool.get("function", tool)
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise UserError(f'tools: {short(tool)} has no function with a "name"')
-        if self.stream_options and not self.stream:
-            raise UserError("stream_options: only with stream=true")
-        default = ReplyOptions().sampling
-        sampling = Sampling(
-            default.temperature if self.temperature is None else self.temperature,
-            self.top_k or 0,
-            self.top_p or default.top_p,
-            self.repetition_penalty or 1.0,
-        )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        limit = self.max_completion_tokens or self.max_tokens or chat.max_length
-        tools = () if self.tool_choice == "none" else tuple(self.tools or ())
-        return ReplyOptions(sampling, limit, self.seed, stop, tools)
+_BODY_BYTES = 1 << 20, 64  # of a body, at most: so many, and so many for each token that the model can take
 
 
 @dataclass
@@ -135,9 +57,11 @@ class _Answer:
                 if len(sure) > sent:
                     yield self._chunk({"content": sure[sent:]})
                     sent = len(sure)
-            calls = self.reply.message.tool_calls if self.with_calls else ()
-            if calls:
-                deltas = [{"index": index, **call} for index, call in enumerate(_tool_calls(calls))]
+            message = self.reply.message
+            if self.with_calls and message.tool_calls:
+                if around := message.content[len(self.reply.text[:sent].lstrip()) :]:
+                    yield self._chunk({"content": around})
+                deltas = [{"index": index, **call} for index, call in enumerate(_tool_calls(message.tool_calls))]
                 yield self._chunk({"tool_calls": deltas})
             elif len(self.reply.text) > sent:
                 yield self._chunk({"content": self.reply.text[sent:]})
@@ -146,10 +70,14 @@ class _Answer:
                 yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
         except RuntimeError as error:  # the head of the answer is sent already
             yield _event({"error": _error(str(error), "server_error")})
+        finally:
+            self.reply.close()  # also where the pieces were never begun
         yield "data: [DONE]\n\n"
 
     def _finish_reason(self) -> str | None:
-        return "tool_calls" if self.with_calls and self.reply.message.tool_calls else self.reply.finish_reason
+        """Calls in an answer that a limit ended may be incomplete: then the limit is the reason."""
+        calls = self.with_calls and self.reply.finish_reason == "stop" and self.reply.message.tool_calls
+        return "tool_calls" if calls else self.reply.finish_reason
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -175,6 +103,8 @@ def build_app(chat: ChatModel) -> Any:
 
     threads = ThreadPoolExecutor(chat.batcher.max_requests, "reply")  # the server's own 40 may all be waiting
     app = fastapi.FastAPI(title=f"internlm: {chat.name}")
+    least, per_token = _BODY_BYTES
+    app.add_middleware(_LimitedBody, limit=least + per_token * chat.max_length, refuse=fastapi.HTTPException)
     model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "owner"}
 
     def refuse(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> Any:
@@ -182,7 +112,7 @@ def build_app(chat: ChatModel) -> Any:
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def wrong_body(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> Any:
-        return refuse(400, "; ".join(map(_problem, error.errors())))
+        return refuse(400, "; ".join(map(problem, error.errors())))
 
     async def not_served(_: fastapi.Request, error: Any) -> Any:
         return refuse(error.status_code, str(error.detail))
@@ -213,9 +143,11 @@ def build_app(chat: ChatModel) -> Any:
             return unknown(body.model)
         try:
             options = body.options(chat)
-            reply = chat.reply(messages_of(body.messages), options)
+            reply = await asyncio.to_thread(chat.reply, body.turns(), options)  # others go on meanwhile
         except UserError as error:
             return refuse(400, str(error))
+        except RecursionError:
+            return refuse(400, "messages or tools are nested too deeply")
         except BusyError as error:
             return refuse(429, f"{error}; try again later", "rate_limit_error")
         answer = _Answer(reply, chat.name, bool(options.tools), pieces_of(reply, request, threads))
@@ -232,6 +164,26 @@ def build_app(chat: ChatModel) -> Any:
         return answer.whole()
 
     return app
+
+
+class _LimitedBody:
+    """Answers 413 to a body of more than `limit` bytes, before it is in memory."""
+
+    def __init__(self, app: Any, limit: int, refuse: Callable[[int, str], Exception]) -> None:
+        self.app, self.limit, self.refuse = app, limit, refuse
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            event = await receive()
+            size += len(event.get("body", b""))
+            if size > self.limit:
+                raise self.refuse(413, f"a body of more than {self.limit} bytes: the model can't take as much")
+            return event
+
+        await self.app(scope, counted, send)
 
 
 async def pieces_of(reply: Reply, request: Any, threads: Executor) -> AsyncIterator[str]:
@@ -265,12 +217,6 @@ def _tool_calls(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
         }
         for call in calls
     ]
-
-
-def _problem(found: Mapping[str, Any]) -> str:
-    """A fault that pydantic found in a body, in a line."""
-    message = "not offered here" if found["type"] in ("extra_forbidden", "literal_error") else found["msg"]
-    return f"{'.'.join(map(str, found['loc'][1:]))}: {message}"
 
 
 def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:

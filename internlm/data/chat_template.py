@@ -79,24 +79,15 @@ class ChatTemplate:
         `tools`, in names, and in a turn that is not the assistant's is literal. So is what `control_in_answers` finds
         in the assistant's turns and calls. Raises UserError for turns that the template refuses.
         """
-        turns = []
-        for message in messages:
-            content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
-            calls = tuple(ToolCall(*_guarded((c.name, c.arguments), control_in_answers)) for c in message.tool_calls)
-            name = _guarded(message.name, control)
-            turns.append(replace(message, content=content, name=name, tool_calls=calls).as_dict())
-        said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
         try:
+            turns = [_turn(message, control, control_in_answers) for message in messages]
+            said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
             marked = _compiled(self.source, self.name).render(said, add_generation_prompt=add_generation_prompt)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except RecursionError as error:
+            raise UserError(
+                f"chat template {self.name} calls itself, or a turn or tool is nested too deeply"
+            ) from error
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
             raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
         text, borders, literal = "", [], []
         for part in re.split(f"({_MARK}|{_GUARD})", marked):
@@ -113,6 +104,15 @@ class ChatTemplate:
         turns = [Message(role, "a") for role in ("system", "user", "assistant", "user")]
         texts = (_text_or_none(self, turns) or "", _text_or_none(self, turns[1:]) or "")
         return any_of({*self.stop, *control.findall("\n".join(texts))})
+
+
+def _turn(
+    message: Message, control: "re.Pattern[str] | None", control_in_answers: "re.Pattern[str] | None"
+) -> dict[str, Any]:
+    """A turn as templates read it, with guards."""
+    content = _guarded(message.content, control_in_answers if message.role == "assistant" else control)
+    calls = tuple(ToolCall(*_guarded((c.name, c.arguments), control_in_answers)) for c in message.tool_calls)
+    return replace(message, content=content, name=_guarded(message.name, control), tool_calls=calls).as_dict()
 
 
 def _guarded(value: Any, control: "re.Pattern[str] | None") -> Any:

@@ -48,6 +48,8 @@ class Message:
         calls = value.get("tool_calls") or []
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise UserError(f'"tool_calls" is {short(calls)}; expected a list.')
+        if calls and value["role"] != "assistant":
+            raise UserError(f'"tool_calls" in a turn of role "{value["role"]}": only the assistant calls functions.')
         if value.get("function_call") is not None:
             raise UserError('"function_call" is an earlier form of "tool_calls": write [{"function": ...}] there.')
         if value.get("content") is None and not calls:
@@ -74,7 +76,10 @@ class Message:
 
 
 def messages_of(values: Iterable[Any]) -> list[Message]:
-    """Turns as `Message.of` reads them; a tool's result with a "tool_call_id" gets the name of that call."""
+    """Turns as `Message.of` reads them; a tool's result with a "tool_call_id" gets the name of that call.
+
+    Raises UserError for the id of a call that no turn before made.
+    """
     names: dict[Any, str] = {}
     found = []
     for value in values:
@@ -82,8 +87,11 @@ def messages_of(values: Iterable[Any]) -> list[Message]:
         if isinstance(value, Mapping):
             calls = zip(value.get("tool_calls") or [], message.tool_calls, strict=True)
             names |= {str(given["id"]): call.name for given, call in calls if given.get("id") is not None}
-            if message.name is None and value.get("tool_call_id") is not None:
-                message = replace(message, name=names.get(str(value["tool_call_id"])))
+            called = value.get("tool_call_id")
+            if called is not None and str(called) not in names:
+                raise UserError(f'"tool_call_id" is {short(called)}, which no call before has as its "id".')
+            if message.name is None and called is not None:
+                message = replace(message, name=names[str(called)])
         found.append(message)
     return found
 
@@ -111,10 +119,10 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence) and all(
-        isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content
+        isinstance(p, Mapping) and isinstance(p.get("text"), str) and p.get("type", "text") == "text" for p in content
     ):
         return "".join(part["text"] for part in content)
-    raise UserError(f'"content" is {short(content)}; expected a text or a list of parts with "text".')
+    raise UserError(f'"content" is {short(content)}; expected a text or a list of parts of type "text".')
 
 
 def _tool_call(value: Any) -> ToolCall:

@@ -1,13 +1,14 @@
 """The server as OpenAI's own client sees it."""
 
 import asyncio
+import functools
 import json
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,16 +18,19 @@ import torch
 import uvicorn
 
 from internlm.apis.chat import ChatModel, Reply, ReplyOptions
-from internlm.apis.openai_server import build_app, pieces_of
+from internlm.apis.openai_server import _Answer, build_app, pieces_of
 from internlm.apis.sampling import Sampling
 from internlm.apis.text_stream import TextStream
 from internlm.data.message import Message
-from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, SECOND, WEATHER
+from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, PLOT, SECOND, WEATHER
 from tools.openai_api import main
 
 GREEDY = ReplyOptions(Sampling())
 LONG = 60  # seconds: nothing takes that long on a busy machine
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Shanghai"}'}}
+PICTURE = {"type": "image_url", "text": "a", "image_url": {"url": "http://127.0.0.1:9/1.png"}}
+DEEP: Any = functools.reduce(lambda inner, _: {"a": inner}, range(700), {})
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +119,71 @@ def test_function_calls(client: Any, monkeypatch: pytest.MonkeyPatch, chat: Chat
 prompt_of = ChatModel.prompt_of
 
 
+def test_a_cut_call_is_no_call(client: Any, monkeypatch: pytest.MonkeyPatch, chat: ChatModel) -> None:
+    """Half a program may do something else."""
+    monkeypatch.setattr(type(chat), "prompt_of", lambda self, turns, tools=(): prompt_of(self, turns))
+    whole = ask(client, PLOT, tools=TOOLS)
+    cut = ask(client, PLOT, tools=TOOLS, max_tokens=whole.usage.completion_tokens - 6)
+    assert cut.choices[0].finish_reason == "length"
+
+
+def test_text_around_calls_is_streamed_too(chat: ChatModel) -> None:
+    text = 'So: <tool_call>{"name": "f"}</tool_call> and\n<tool_call>{"name": "g"}</tool_call> done. '
+
+    async def pieces() -> AsyncIterator[str]:
+        reply.finish_reason = "stop"
+        for letter in text:
+            reply.text += letter
+            yield letter
+
+    async def read() -> list[Any]:
+        return [json.loads(event[6:])["choices"][0] async for event in answer.chunks(False) if "[DONE]" not in event]
+
+    reply = Reply(iter(()), 1, TextStream(chat.tokenizer, ()), ())
+    answer = _Answer(reply, "hf", True, pieces())
+    said = asyncio.run(read())
+    assert "".join(part["delta"].get("content", "") for part in said) == "So:  and\n done."
+    whole = answer.whole()["choices"][0]["message"]
+    assert whole["content"] == "So:  and\n done." and [call["function"]["name"] for call in whole["tool_calls"]] == [
+        "f",
+        "g",
+    ]
+
+
+def test_an_answer_that_nobody_begins_to_read_is_closed(chat: ChatModel) -> None:
+    async def leave() -> None:
+        reply = chat.reply([Message("user", COUNT)], GREEDY)
+        answer = _Answer(reply, "hf", False, pieces_of(reply, None, ThreadPoolExecutor(1)))
+        chunks = answer.chunks(False)
+        await anext(chunks)  # says the role only
+        await chunks.aclose()  # type: ignore[attr-defined]
+        assert reply._tokens._request.cancelled  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+
+
+def test_a_long_prompt_stops_nobody(client: Any, chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is made into ids, others are served."""
+    begun, served = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> list[int]:
+        begun.set()
+        assert served.wait(LONG)
+        return [1]
+
+    monkeypatch.setattr(type(chat), "prompt_of", slow)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client, HELLO, max_tokens=1)
+        assert begun.wait(LONG)
+        client.models.list(timeout=LONG)
+        served.set()
+        assert asked.result().usage.prompt_tokens == 1
+
+
 def test_a_result_goes_back(client: Any) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Shanghai"}'}}
     turns = [
         {"role": "user", "content": WEATHER},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
     ]
     assert ask(client, "", messages=turns, max_tokens=5).usage.completion_tokens > 0
@@ -201,6 +265,18 @@ def test_more_wait_than_the_server_has_threads_by_default(client: Any, chat: Cha
     [
         ({"model": "gpt"}, 404, "'gpt' is not served here, 'hf' is"),
         ({"n": 2}, 400, "n: "),
+        ({"max_tokens": 0}, 400, "max_tokens: "),
+        ({"max_tokens": True}, 400, "max_tokens: Input should be a valid integer"),
+        ({"extra_body": {"temperature": "0"}}, 400, "temperature: Input should be a valid number"),
+        ({"stream": True, "stream_options": {"other": 1}}, 400, "stream_options.other: not offered here"),
+        ({"tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice: not offered here"),
+        ({"tools": TOOLS, "parallel_tool_calls": False}, 400, "parallel_tool_calls: not offered here"),
+        ({"messages": [{"role": "user", "content": "a", "prefix": True}]}, 400, "messages.0.prefix: not offered here"),
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, 400, 'a list of parts of type "text"'),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, 400, "only the assistant calls"),
+        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "c9"}]}, 400, '"tool_call_id" is "c9"'),
+        ({"tools": [{"function": {"name": "f", "parameters": DEEP}}]}, 400, "nested too deeply"),
+        ({"messages": [{"role": "user", "content": "x" * 1_100_000}]}, 413, "a body of more than 1081344 bytes"),
         ({"logprobs": True}, 400, "logprobs: not offered"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type: not offered here"),
         ({"logit_bias": {"3": 5}}, 400, "logit_bias: "),
@@ -226,6 +302,8 @@ def test_refusals(client: Any, options: dict[str, Any], status: int, message: st
         ("POST", "chat/completions", rb'{"model": "hf", "messages": [{"role": "user", "content": "a\ud800b"}]}', 400),
         ("POST", "chat/completions", rb'{"model": "hf", "messages": [{"role": "a\ud800b"}]}', 400),
         ("POST", "chat/completions", b"\xff", 400),
+        ("POST", "chat/completions", b"{not json", 400),
+        ("POST", "chat/completions", b"[]", 400),
         ("GET", "chat/completions", b"", 405),
         ("GET", "nowhere", b"", 404),
     ],
