@@ -12,7 +12,8 @@ import torch
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.checkpoint.inputs import check_files, open_files
-from internlm.checkpoint.reference import build_reference
+from internlm.checkpoint.reference import build_objective
+from internlm.checkpoint.reference_sums import give_reference
 from internlm.config.checks import check
 from internlm.config.loader import load_config
 from internlm.core.launch import launch
@@ -27,7 +28,6 @@ from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train import dry_run
 from internlm.train.cli import EXIT_SIGTERM, open_run_dir, parse_arguments, say, start_logging, user_errors
-from internlm.train.preference import PreferenceLoss
 from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         placements = parallelize(model, config, mesh)
         initial = partial(initial_value, config=config.model, seed=config.seed, device=mesh.device)
         optimizer = HybridZero(model, config, mesh, initial, placements)
-        objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
-        schedule = build_schedule(model, optimizer, config, mesh, objective)
+        schedule = build_schedule(model, optimizer, config, mesh, build_objective(config, mesh, optimizer.lanes))
 
         state = TrainState(num_rows=train_loader.num_rows)
         checkpointer = Checkpointer(config, run_dir, optimizer, state, mesh)
         checkpointer.resume()
+        give_reference(config, mesh, model, optimizer, checkpointer, train_loader, valid_loaders)
         trainer = Trainer(schedule, optimizer, train_loader, state, config, mesh, valid_loaders, Routing(model, config))
         reports = evaluated(trainer.steps(), model, optimizer, config, mesh)
         if args.profiling:

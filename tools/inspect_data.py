@@ -20,7 +20,8 @@ from rich.text import Text
 from internlm.config.checks import check
 from internlm.config.loader import load_config
 from internlm.data.formats import SampleFile
-from internlm.data.loader import TrainRows, pack_options
+from internlm.data.loader import pack_options
+from internlm.data.rows import TrainRows
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import Tokenizer, open_tokenizer
 from internlm.utils.errors import UserError, exit_code

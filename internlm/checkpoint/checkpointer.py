@@ -88,6 +88,11 @@ class Checkpointer:
         if found is not None:
             self._saved[found.manifest.kind] = found.manifest.step
 
+    @property
+    def continued(self) -> bool:
+        """Whether `resume` found a checkpoint of this run, so that it is not where it first started."""
+        return self._loader.continued
+
     def after_step(self, report: StepReport) -> None:
         """Saves if a rule of `ckpt`, a signal or the stop file asks for it; sets `should_stop`. Collective.
 

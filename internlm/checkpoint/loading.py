@@ -71,6 +71,7 @@ class Loader:
         self.config, self.optimizer, self.state = config, optimizer, state
         self.control, self.storages = control, storages
         self.broken: set[str] = set()  # normal checkpoints that did not verify
+        self.continued = False  # whether the run goes on from a checkpoint of its own
 
     def resume(self) -> Found | None:
         """Newest good checkpoint, else `ckpt.load_ckpt_info`, else nothing. Returns the checkpoint that is continued.
@@ -82,11 +83,12 @@ class Loader:
         self._check_same_rows()
         ckpt = self.config.ckpt
         candidates = self.control.from_first(self._candidates() if self.control.rank == 0 else [])
-        if ckpt.auto_resume and candidates and candidates[0].is_legacy:
+        self.continued = bool(ckpt.auto_resume and candidates)
+        if self.continued and candidates[0].is_legacy:
             path = self.storages[candidates[0].kind].show(candidates[0].folder)
             load_legacy(path, ("all",), self.config, self.optimizer, self.state, self.control)
             return None
-        if ckpt.auto_resume and candidates:
+        if self.continued:
             found = self._newest_good([candidate for candidate in candidates if not candidate.is_legacy])
             self._load(found, ("all",))
             logger.info("resumed from %s at step %d", found, self.state.step_count)

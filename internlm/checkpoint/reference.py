@@ -1,4 +1,8 @@
-"""The fixed model of preference tuning: the weights that the run started from, held frozen beside the trained ones."""
+"""The fixed model of preference tuning: the weights that the run started from.
+
+Its log-probabilities are computed for each row when that is trained on, by weights that are held frozen beside the
+trained ones; or once, before training, see reference_sums.py.
+"""
 
 from functools import partial
 
@@ -12,15 +16,24 @@ from internlm.core.lanes import Lane
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.init import initial_value
-from internlm.model.transformer import build_model
+from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.solver.hybrid_zero import HybridZero
-from internlm.train.preference import TokenLosses
+from internlm.train.preference import AnswerSums, PreferenceLoss, answer_sums
 from internlm.train.state import TrainState
 
 
-def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> TokenLosses:
-    """-log p of every label of a row, [tokens], under the model of `ckpt.load_ckpt_info`.
+def build_objective(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> PreferenceLoss | None:
+    """What is trained, with its reference; None: cross-entropy of the next token. Collective."""
+    if config.dpo is None:
+        return None
+    return PreferenceLoss(
+        config.dpo, build_reference(config, mesh, lanes) if config.dpo.reference == "each_step" else None
+    )
+
+
+def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> AnswerSums:
+    """-log p of the answers of a row under the model of `ckpt.load_ckpt_info`.
 
     Its parameters are sharded as the trained model's are; it has no gradients and no optimizer states. `lanes`
     are those of the trained model's engine. Collective, also each call.
@@ -34,11 +47,12 @@ def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> Tok
     initial = partial(initial_value, config=config.model, seed=config.seed)
     engine = HybridZero(model, frozen, mesh, initial, placements, lanes=lanes)
     Loader(frozen, engine, TrainState(), Control(), {}).resume()
+    return partial(sums_of, model, engine)
 
-    @torch.no_grad()
-    def token_losses(row: Batch) -> Tensor:
-        losses = model.loss(row).token_losses
-        engine.wait()  # drops what was gathered
-        return losses
 
-    return token_losses
+@torch.no_grad()
+def sums_of(model: Transformer, engine: HybridZero, row: Batch) -> Tensor:
+    """-log p of the answers of a row, fp64 [2 * pairs]. Collective."""
+    losses = model.loss(row).token_losses
+    engine.wait()  # drops what was gathered
+    return answer_sums(losses, row)

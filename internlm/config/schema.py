@@ -192,6 +192,11 @@ class DpoConfig(Section):
     """Preference tuning; the reference is the model of `ckpt.load_ckpt_info`."""
 
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the model is held to the reference")
+    reference: Literal["each_step", "once"] = Field(
+        "each_step",
+        description="when the reference's log-probabilities are computed: each_step: for each row that is trained on, "
+        "by weights that stay in memory; once: before training, then kept beside the checkpoints",
+    )
 
 
 class AdamConfig(Section):

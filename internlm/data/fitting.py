@@ -40,7 +40,7 @@ def best_fit(lengths: Int64s, size: int) -> list[list[int]]:
     return rows
 
 
-class _WholeRows:
+class WholeRows:
     """The rows of one file, as lists of its samples."""
 
     def __init__(self, file: SampleFile, type_id: int, options: PackOptions) -> None:
@@ -60,7 +60,7 @@ class _WholeRows:
         return whole_row(((self.file, int(sample)) for sample in self.rows[index]), self.type_id, self.options)
 
 
-class FittedFile(_WholeRows):
+class FittedFile(WholeRows):
     """As many whole samples to a row as fit, each a segment of its own."""
 
     def _rows(self, order: Int64s) -> list[Int64s]:
@@ -68,7 +68,7 @@ class FittedFile(_WholeRows):
         return [order[row] for row in best_fit(lengths, self.options.row_length)]
 
 
-class UnpackedFile(_WholeRows):
+class UnpackedFile(WholeRows):
     """micro_bsz samples to a row, each cut to seq_len; as many rows as packing would have made, as in 2023."""
 
     def _rows(self, order: Int64s) -> list[Int64s]:
@@ -77,7 +77,7 @@ class UnpackedFile(_WholeRows):
         return list(order[: count * samples].reshape(count, samples))
 
 
-class PairedFile(_WholeRows):
+class PairedFile(WholeRows):
     """Whole pairs of samples that follow each other; `num_trained` counts pairs, not tokens."""
 
     def _rows(self, order: Int64s) -> list[Int64s]:

@@ -9,11 +9,9 @@ import os
 import signal
 import threading
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from internlm.config.batch_texts import parse_batches
 from internlm.config.schema import Config, DataConfig
-from internlm.data.fitting import FittedFile, PairedFile, UnpackedFile
-from internlm.data.formats import SampleFile
+from internlm.data.formats import Int64s, SampleFile
 from internlm.data.mixture import MixtureOrder
-from internlm.data.packing import PackedFile, Packing, PackOptions, Row, WholeSamples
+from internlm.data.packing import Packing, PackOptions, Row, WholeSamples
+from internlm.data.rows import ReferenceSums, TrainRows
 from internlm.data.sampler import BatchSizes, EpochOrder, Order, Span, place_after, spans
-from internlm.data.sources import Sources, open_train, open_valid
+from internlm.data.sources import open_train, open_valid
 from internlm.model.batch import Batch, Segments
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -54,9 +52,10 @@ class _Rows:
     cu_seqlens: Tensor  # int32, those of all rows one after the other
     lengths: tuple[tuple[int, ...], ...]  # of the segments of each row
     num_trained: tuple[int, ...]
+    numbers: tuple[int, ...]
 
     @staticmethod
-    def of(rows: Sequence[Row]) -> "_Rows":
+    def of(rows: Sequence[Row], numbers: Sequence[int]) -> "_Rows":
         data = torch.from_numpy(np.stack([row.data for row in rows]))
         ends = [np.cumsum((0, *row.lengths), dtype=np.int32) for row in rows]
         return _Rows(
@@ -64,56 +63,23 @@ class _Rows:
             torch.from_numpy(np.concatenate(ends)),
             tuple(row.lengths for row in rows),
             tuple(row.num_trained for row in rows),
+            tuple(numbers),
         )
 
     def pin_memory(self) -> "_Rows":
-        return _Rows(self.data.pin_memory(), self.cu_seqlens.pin_memory(), self.lengths, self.num_trained)
+        return replace(self, data=self.data.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
-    def batches(self) -> list[Batch]:
+    def batches(self, reference: ReferenceSums | None = None) -> list[Batch]:
         cu_seqlens = self.cu_seqlens.split([len(lengths) + 1 for lengths in self.lengths])
         return [
-            Batch(tokens, labels, positions, Segments(ends, lengths), type_ids, trained)
-            for (tokens, labels, positions, type_ids), ends, lengths, trained in zip(
-                self.data.unbind(0), cu_seqlens, self.lengths, self.num_trained, strict=True
+            Batch(
+                *(tokens, labels, positions, Segments(ends, lengths), type_ids, trained),
+                reference=None if reference is None else reference.of(number),
+            )
+            for (tokens, labels, positions, type_ids), ends, lengths, trained, number in zip(
+                self.data.unbind(0), cu_seqlens, self.lengths, self.num_trained, self.numbers, strict=True
             )
         ]
-
-
-class TrainRows:
-    """All training rows of a run, numbered through all files."""
-
-    def __init__(self, sources: Sources, options: PackOptions) -> None:
-        self.type_names = sources.type_names
-        kinds: dict[Packing, type[PackedFile] | type[FittedFile] | type[UnpackedFile] | type[PairedFile]]
-        kinds = {"cut": PackedFile, "fit": FittedFile, "unpacked": UnpackedFile, "pairs": PairedFile}
-        pack = kinds[options.packing]
-        self.files = [
-            pack(file, type_id, options) for file, type_id in zip(sources.files, sources.type_ids, strict=True)
-        ]
-        self.ends = list(accumulate(len(file) for file in self.files))
-        self.row_length = options.row_length
-
-    def __str__(self) -> str:
-        num_samples = sum(len(file.file) for file in self.files)
-        num_tokens = sum(file.num_tokens for file in self.files)
-        return (
-            f"{len(self.files)} files, {num_samples} samples, {num_tokens} tokens -> {len(self)} rows of "
-            f"{self.row_length} tokens"
-        )
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def __getitem__(self, number: int) -> Row:
-        place = bisect_right(self.ends, number)
-        return self.files[place][number - (self.ends[place] - len(self.files[place]))]
-
-    def by_source(self) -> dict[str, np.ndarray]:
-        """The row numbers of each source."""
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in self.type_names}
-        for file, end in zip(self.files, self.ends, strict=True):
-            rows[self.type_names[file.type_id]].append(np.arange(end - len(file), end))
-        return {name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in rows.items()}
 
 
 class _Reader(Dataset):
@@ -124,7 +90,7 @@ class _Reader(Dataset):
 
     def __getitem__(self, numbers: list[int]) -> _Rows | UserError | None:
         try:
-            return _Rows.of([self.rows[number] for number in numbers]) if numbers else None
+            return _Rows.of([self.rows[number] for number in numbers], numbers) if numbers else None
         except UserError as error:
             return error
         except OSError as error:
@@ -214,10 +180,11 @@ class TrainLoader:
         self.total_steps = data.total_steps
         self.sizes = BatchSizes(data.micro_num, dp_size, data.rampup_batch_size)
         self.skipped = parse_batches(data.skip_batches)
-        rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
+        rows = self.rows = TrainRows(open_train(data, config.model.vocab_size), pack_options(config))
         logger.info("training data: %s", rows)
         self.type_names = rows.type_names
         self.num_rows = len(rows)
+        self.reference: ReferenceSums | None = None  # of dpo.reference = once
         self.order = order_of(data, rows, self.sizes)
         self._loader = _torch_loader(self, rows, data.num_worker)
         self.seek(0)
@@ -232,19 +199,26 @@ class TrainLoader:
         if batch:
             logger.info("batch %d is next, behind %d rows (%d an epoch)", batch, self.place, self.num_rows)
 
+    def rows_to_read(self) -> Int64s:
+        """The numbers of all rows, of any data rank, that the batches from the next one on are made of, sorted."""
+        read = (self.order.rows(first, size) for index, first, size in self._to_come() if not self._skips(index))
+        return np.unique(np.concatenate([np.empty(0, np.int64), *read]))
+
+    def _skips(self, index: int) -> bool:
+        return any(index in span for span in self.skipped)
+
     def _to_come(self) -> Iterator[Span]:
         return spans(self.order, self.sizes, range(self.next_batch, self.total_steps), self.place)
 
     def row_numbers(self) -> Iterator[list[int]]:
         """The rows of this rank in each batch; none for a skipped one, which is counted but not read."""
         for index, first, size in self._to_come():
-            skipped = any(index in span for span in self.skipped)
-            yield [] if skipped else self.order.rows(first, size)[self.dp_rank :: self.dp_size].tolist()
+            yield [] if self._skips(index) else self.order.rows(first, size)[self.dp_rank :: self.dp_size].tolist()
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Raises UserError for data that can't be read or does not fit the model."""
         for (index, first, size), rows in zip(self._to_come(), _read(self._loader), strict=True):
-            batches = [] if rows is None else rows.batches()
+            batches = [] if rows is None else rows.batches(self.reference)
             self.next_batch, self.place = index + 1, first + size
             yield StepBatch(index, batches, size, self.place, skipped=rows is None)
 
@@ -261,11 +235,15 @@ class ValidLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.rows = WholeSamples(files, options)
         self.of_pairs = self.rows.of_pairs
+        self.reference: ReferenceSums | None = None  # of dpo.reference = once
         logger.info("validation set %s: %d samples in %d rows", name, self.rows.num_samples, len(self.rows))
         self._loader = _torch_loader(self, self.rows, num_workers=0)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.dp_size)
+
+    def rows_to_read(self) -> Int64s:
+        return np.arange(len(self.rows))
 
     def row_numbers(self) -> Iterator[list[int]]:
         for index in range(len(self)):
@@ -274,7 +252,12 @@ class ValidLoader:
     def __iter__(self) -> Iterator[Batch]:
         for rows in _read(self._loader):
             assert rows is not None  # every rank has a row in every batch
-            yield from rows.batches()
+            yield from rows.batches(self.reference)
+
+
+def read_row(rows: TrainRows | WholeSamples, number: int) -> Batch:
+    """Row `number`, read in this process. Raises UserError as the loaders do."""
+    return _Rows.of([rows[number]], [number]).batches()[0]
 
 
 def pack_options(config: Config) -> PackOptions:

@@ -128,9 +128,13 @@ class WholeSamples:
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`; from `len(self)` on, rows on which nothing is counted."""
-        samples = range(*self.bounds[index : index + 2]) if index < len(self) else range(0)
-        row = whole_row((self._locate(sample) for sample in samples), 0, self.options)
+        samples = self.samples_of(index)
+        row = whole_row((self._locate(int(sample)) for sample in samples), 0, self.options)
         return replace(row, num_trained=len(samples) // 2) if self.of_pairs else row
+
+    def samples_of(self, index: int) -> Int64s:
+        """The samples of row `index`, numbered through all files."""
+        return np.arange(*self.bounds[index : index + 2]) if index < len(self) else np.empty(0, np.int64)
 
     def _locate(self, sample: int) -> tuple[SampleFile, int]:
         """The file of a sample, and its number there."""

@@ -13,7 +13,7 @@ __all__ = ["IGNORE_INDEX", "Batch", "Segments"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch: a packed row. All tensors are [tokens]."""
+    """One micro batch: a packed row. All tensors but `reference` are [tokens]."""
 
     tokens: Tensor  # int64
     labels: Tensor  # int64, the next token; IGNORE_INDEX where nothing is trained
@@ -21,6 +21,7 @@ class Batch:
     segments: Segments
     type_ids: Tensor | None = None  # int64, source of each token, for metrics
     num_trained: int = 0  # labels that are not IGNORE_INDEX, counted on the host
+    reference: Tensor | None = None  # fp64 [samples], -log p of each answer under the reference (dpo.reference)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """A copy on `device`; host-side counts stay as they are."""
@@ -35,6 +36,7 @@ class Batch:
             positions=move(self.positions),
             segments=replace(self.segments, cu_seqlens=move(self.segments.cu_seqlens)),
             type_ids=None if self.type_ids is None else move(self.type_ids),
+            reference=None if self.reference is None else move(self.reference),
         )
 
     def pin_memory(self) -> "Batch":

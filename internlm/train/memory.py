@@ -65,7 +65,7 @@ def _memory_of(config: Config, rank: int, world_size: int) -> Memory:
         layouts = layouts_of(config, mesh)
     sizes = [_unit_bytes(config, layout, mesh.expert if layout.kind == "expert" else mesh.dense) for layout in layouts]
     parameters, gradients, masters, moments = (sum(column) for column in zip(*sizes, strict=True))
-    if config.dpo is not None:
+    if config.dpo is not None and config.dpo.reference == "each_step":
         parameters *= 2  # the reference's
     p, g, _ = shares(mesh.dense)
     largest = max(layouts, key=lambda layout: layout.size)

@@ -5,7 +5,8 @@ With log p of an answer's tokens under the trained model and under the fixed ref
     -log sigmoid(beta * ((chosen - chosen_reference) - (rejected - rejected_reference)))
 
 A row holds whole pairs, chosen before rejected, then padding. The loss of a pair needs the sums over both answers, so
-the head runs twice: first for the sums, then as a cross-entropy whose tokens are weighted by the derivative.
+the head runs twice: first for the sums, then as a cross-entropy whose tokens are weighted by the derivative. The
+reference's sums come with the row, or from a function of it.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,15 @@ from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
 
-TokenLosses = Callable[[Batch], Tensor]
+AnswerSums = Callable[[Batch], Tensor]
 
 _SMALLEST = 2.0**-149  # of fp32
 
 
 class PreferenceLoss:
-    """The objective of a step's rows; `reference` gives -log p of every label under the reference model."""
+    """The objective of a step's rows; `reference`: `answer_sums` under the reference, None if rows bring them."""
 
-    def __init__(self, config: DpoConfig, reference: TokenLosses) -> None:
+    def __init__(self, config: DpoConfig, reference: AnswerSums | None) -> None:
         self.beta, self.reference = config.beta, reference
 
     def __call__(self, model: Transformer, row: Batch, upstream: float) -> LossOutput:
@@ -36,18 +37,17 @@ class PreferenceLoss:
         In the result a pair stands at the first trained token of its chosen answer: there is its loss, and `correct`
         where the chosen answer gained more on the reference than the rejected one.
         """
-        reference = self.reference(row)
-        trained = row.labels != IGNORE_INDEX
-        segment = torch.repeat_interleave(
-            row.segments.cu_seqlens.diff().long(), output_size=len(row.tokens)
-        )  # [tokens]
-        pairs = (len(row.segments.lengths) + 1) // 2
+        reference = row.reference if self.reference is None else self.reference(row)
+        assert reference is not None, "checkpoint.reference gives each row its sums"
+        trained, segment = row.labels != IGNORE_INDEX, _segment_of(row)
+        pairs = _num_pairs(row)
+        reference = F.pad(reference, (0, 2 * pairs - len(reference)))
         kept: list[Tensor] = []
 
         def derivative(losses: Tensor) -> Tensor:
             """d loss / d token loss, [tokens]."""
-            sums = losses.new_zeros(2 * pairs).index_add_(0, segment, reference - losses)  # log p / p_reference
-            margin = self.beta * (sums[0::2] - sums[1::2])
+            sums = reference - answer_sums(losses, row)  # log p / p_reference
+            margin = (self.beta * (sums[0::2] - sums[1::2])).to(losses.dtype)
             kept.append(margin)
             slope = self.beta * torch.sigmoid(-margin)
             return torch.stack((slope, -slope), dim=1).flatten()[segment]
@@ -61,6 +61,12 @@ class PreferenceLoss:
         return LossOutput(loss_sum, token_losses, first & (margin > 0)[segment // 2])
 
 
+def answer_sums(losses: Tensor, row: Batch) -> Tensor:
+    """The sums of a row's token losses over each answer, then zeros for the padding, fp64 [2 * pairs]."""
+    sums = losses.new_zeros(2 * _num_pairs(row), dtype=torch.float64)
+    return sums.index_add_(0, _segment_of(row), losses.double())
+
+
 def margin_sum(output: LossOutput) -> Tensor:
     """The sum of a row's margins: beta times how much more the chosen answer gained than the rejected one. fp64 [].
 
@@ -70,6 +76,16 @@ def margin_sum(output: LossOutput) -> Tensor:
     pairs = (output.token_losses > 0) | output.correct  # the places without a pair have neither
     losses = output.token_losses[pairs].double().clamp_min(_SMALLEST)
     return (-losses - torch.log(-torch.expm1(-losses))).sum()
+
+
+def _num_pairs(row: Batch) -> int:
+    """Of segments; padding counts as pairs, of which the last may have one segment."""
+    return (len(row.segments.lengths) + 1) // 2
+
+
+def _segment_of(row: Batch) -> Tensor:
+    """The segment of each token, int64 [tokens]."""
+    return torch.repeat_interleave(row.segments.cu_seqlens.diff().long(), output_size=len(row.tokens))
 
 
 def _trained_before(trained: Tensor, segment: Tensor, count: int) -> Tensor:

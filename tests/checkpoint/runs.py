@@ -15,7 +15,8 @@ from torch import Tensor
 from internlm.apis.in_training import evaluated
 from internlm.checkpoint.checkpointer import Checkpointer
 from internlm.checkpoint.legacy.pickles import read_pickle
-from internlm.checkpoint.reference import build_reference
+from internlm.checkpoint.reference import build_objective
+from internlm.checkpoint.reference_sums import give_reference
 from internlm.checkpoint.shards import parse_key
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
@@ -28,7 +29,6 @@ from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
-from internlm.train.preference import PreferenceLoss
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 
@@ -78,8 +78,7 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
     placements = parallelize(model, config, mesh)
     initial = partial(initial_value, config=config.model, seed=config.seed)
     optimizer = HybridZero(model, config, mesh, initial, placements)
-    objective = PreferenceLoss(config.dpo, build_reference(config, mesh, optimizer.lanes)) if config.dpo else None
-    schedule = build_schedule(model, optimizer, config, mesh, objective)
+    schedule = build_schedule(model, optimizer, config, mesh, build_objective(config, mesh, optimizer.lanes))
     state = TrainState()
     checkpointer = Checkpointer(config, folder, optimizer, state, mesh)
     checkpointer.resume()
@@ -98,6 +97,7 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
         other.seek(state.batch_count)
         samples = other.row_numbers()
         held_out = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
+        give_reference(config, mesh, model, optimizer, checkpointer, loader, held_out)
         trainer = Trainer(schedule, optimizer, loader, state, config, mesh, held_out)
         for report in evaluated(trainer.steps(), model, optimizer, config, mesh):
             seen["losses"].append(report.loss)

@@ -15,9 +15,10 @@ from internlm.checkpoint.hf_tokenizer import inspect_tokenizer, write_tokenizer
 from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, chat_tasks, prompt_ids, recipe_of
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
 from internlm.data.fitting import best_fit
-from internlm.data.loader import TrainRows, _Rows, build_train_loader, build_valid_loaders, pack_options
+from internlm.data.loader import build_train_loader, build_valid_loaders, pack_options, read_row
 from internlm.data.message import Message, ToolCall, messages_of
 from internlm.data.records import pair_of, record_of
+from internlm.data.rows import TrainRows
 from internlm.data.sources import open_train
 from internlm.data.tokenizer import open_tokenizer
 from internlm.model.batch import IGNORE_INDEX
@@ -383,7 +384,7 @@ def test_rows_hold_whole_samples(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", *talks)
     config = chat_config(tmp_path, micro_bsz=2, valid_folder=str(tmp_path))
     packed = TrainRows(open_train(config.data, 1024), pack_options(config))
-    rows = _Rows.of([packed[number] for number in range(len(packed))]).batches()
+    rows = [read_row(packed, number) for number in range(len(packed))]
     (validation,) = build_valid_loaders(config, 0, 1).values()
     seen = Counter()
     for row in rows:

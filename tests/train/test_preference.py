@@ -1,11 +1,13 @@
 """Preference tuning: losses, gradients and updates as by TRL; every ZeRO class as one rank; exact resume."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -140,6 +142,7 @@ def by_trl(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.parametrize("reference", ["each_step", "once"])
 @pytest.mark.parametrize(
     ("world_size", "chain", "parallel"),
     [
@@ -158,8 +161,9 @@ def test_losses_and_gradients_are_those_of_trl(
     world_size: int,
     chain: tuple[int, int, int],
     parallel: dict[str, Any],
+    reference: str,
 ) -> None:
-    config = config_of(folder, chain, 1 if parallel else world_size, parallel=parallel)
+    config = config_of(folder, chain, 1 if parallel else world_size, parallel=parallel, dpo={"reference": reference})
     found = run_ranks(world_size, train, config, tmp_path)[0]
     assert found["losses"][0] == pytest.approx(0.693147, rel=1e-5)  # the model is its own reference
     assert found["losses"] == pytest.approx(by_trl["losses"], rel=1e-4)
@@ -188,12 +192,41 @@ def test_resume_keeps_the_reference(folder: Path, tmp_path: Path) -> None:
     assert contents(last[0]) == contents(last[1])
 
 
-def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp_path: Path) -> None:
+def test_what_was_computed_once_is_kept(folder: Path, tmp_path: Path) -> None:
+    """A resumed run needs no reference but for what is new or damaged, and trains as one that was never stopped."""
+    each_step = run_ranks(2, train, config_of(folder, (2, 2, 2), 2), tmp_path / "each_step")[0]["losses"]
+    once = config_of(folder, (2, 2, 2), 2, dpo={"reference": "once"}, ckpt={"checkpoint_every": 1})
+    whole = run_ranks(2, train, once, tmp_path / "whole")[0]
+    assert whole["losses"] == pytest.approx(each_step, rel=1e-6)
+    expected = load_file(tmp_path / "whole" / "checkpoints" / "reference.safetensors")
+    assert set(expected) == {"train", "valid/held_out"} and len(expected["valid/held_out"]) == 14
+    short = once.model_copy(update={"data": once.data.model_copy(update={"total_steps": 1})})
+    run_ranks(2, train, short, tmp_path / "parts")
+    shutil.copytree(tmp_path / "parts", tmp_path / "damaged")
+    file, damaged = (tmp_path / name / "checkpoints" / "reference.safetensors" for name in ("parts", "damaged"))
+    assert load_file(file)["train"].isnan().any()  # of pairs that one step doesn't need
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")  # the last value is another one
+    for name, steps, is_new in (("parts", (1, 2), True), ("parts", (2, 3), False), ("damaged", (1, 3), True)):
+        file = tmp_path / name / "checkpoints" / "reference.safetensors"
+        before = file.stat().st_mtime_ns
+        rest = run_ranks(2, train, once, tmp_path / name, steps[1])[0]
+        assert (file.stat().st_mtime_ns != before) == is_new
+        assert rest["losses"] == whole["losses"][slice(*steps)]
+        for key, values in load_file(file).items():
+            known = ~values.isnan()
+            assert known.any() and (name == "damaged" or known.all())
+            torch.testing.assert_close(values[known], expected[key][known], atol=1e-9, rtol=0.0)
+    assert rest["validation"] == whole["validation"]
+
+
+@pytest.mark.parametrize("reference", ["each_step", "once"])
+def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp_path: Path, reference: str) -> None:
     """The base alone where adapters are new; the adapters as well where the start has some."""
-    first = run_ranks(1, train, config_of(folder, lora={"rank": 4}), tmp_path / "first")[0]["losses"]
+    sections: dict[str, Any] = {"lora": {"rank": 4}, "dpo": {"reference": reference}}
+    first = run_ranks(1, train, config_of(folder, **sections), tmp_path / "first")[0]["losses"]
     assert first[0] == pytest.approx(0.693147, rel=1e-5) and first[-1] < first[0]
     start = {"load_ckpt_info": {"path": str(tmp_path / "first" / "checkpoints" / str(STEPS))}}
-    second = run_ranks(1, train, config_of(folder, lora={"rank": 4}, ckpt=start), tmp_path / "second")[0]["losses"]
+    second = run_ranks(1, train, config_of(folder, **sections, ckpt=start), tmp_path / "second")[0]["losses"]
     assert second[0] == pytest.approx(0.693147, rel=1e-5)
     assert abs(second[1] - first[1]) > 1e-3  # had both lost the adapters, the two runs would be one
 
