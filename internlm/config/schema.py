@@ -319,7 +319,7 @@ class PipelineConfig(AxisConfig):
     split: Literal["even", "flops"] | Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         "even",
         description="blocks per chunk: even as in 2023; flops counts the head as well; or the numbers themselves, in "
-        "the order of the forward pass",
+        "the order of the forward pass, which tools/measure_split.py finds by measuring",
     )
 
 
