@@ -16,6 +16,7 @@ from torch import Tensor
 from internlm.checkpoint.hf_config import check_same, config_json, model_of, model_section, preset_of
 from internlm.checkpoint.hf_files import TensorFiles
 from internlm.checkpoint.hf_names import (
+    LAYOUTS,
     Entry,
     check_layout,
     default_layout,
@@ -226,14 +227,30 @@ class HFReader:
                 value = torch.empty(self._shapes[name], dtype=part.dtype)
             entry.paste(value, part)
         assert value is not None
+        if name == "embedding.weight":
+            self._check_tied_head(value)
         return to_interleaved(name, value) if self._interleaved else value
+
+    @property
+    def _copies_of_embedding(self) -> list[str]:
+        """The head that some files hold beside the embedding it is tied to."""
+        if not self._section["tie_word_embeddings"]:
+            return []
+        return [name for name, _ in LAYOUTS[self._hf["model_type"]]["head.weight"] if name in self._files.of_tensor]
+
+    def _check_tied_head(self, embedding: Tensor) -> None:
+        for name in self._copies_of_embedding:
+            if not torch.equal(self._files.read(name, tuple(embedding.shape)), embedding):
+                raise UserError(
+                    f"{self.folder}: tie_word_embeddings is true in config.json, but {name} is not the embedding, and "
+                    "transformers computes with it: set tie_word_embeddings to false"
+                )
 
     def _check_names(self) -> None:
         expected = {entry.name for parts in self._entries.values() for entry in parts}
         missing = sorted(expected - self._files.of_tensor.keys())
-        # Buffers of old exports, and the copy of a tied head.
-        spare = ("rotary_emb.inv_freq", "lm_head.weight", "output.weight")
-        unknown = sorted(name for name in self._files.of_tensor.keys() - expected if not name.endswith(spare))
+        others = self._files.of_tensor.keys() - expected - set(self._copies_of_embedding)
+        unknown = sorted(name for name in others if not name.endswith(".rotary_emb.inv_freq"))  # buffers of old exports
         for what, names in (("lacks", missing), ("holds tensors that its config.json does not explain:", unknown)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""

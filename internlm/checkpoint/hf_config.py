@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from internlm.config.rope_section import RopeScaling
+from internlm.checkpoint.hf_rope import refuse_two_ropes, rope_of, rope_scaling_of
 from internlm.config.schema import ModelConfig
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
@@ -24,6 +24,7 @@ _CLASSES = {
 }
 _PREFIXES = {"internlm": "InternLM", "internlm2": "InternLM2", "internlm3": "InternLM3"}  # of the remote-code classes
 _GRANITE_FACTORS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a key that config.json leaves out means to transformers 5, where that isn't what it means for Llama.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
@@ -33,7 +34,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What a reader may set otherwise without loading a different set of weights.
 _FREE = ("rope_base", "rope_scaling", "max_position_embeddings")
-_WHOLE = ("original_max_position_embeddings",)
 
 
 def config_json(layout: str, model: ModelConfig, dtype: str, tied: bool, special_ids: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _experts(hf: dict[str, Any], layout: str) -> dict[str, Any]:
 
 def _has_usual_scores(hf: dict[str, Any]) -> bool:
     """Whether Granite's factor of the scores is 1 / sqrt(head_dim), to the digits that JSON keeps."""
-    head_dim = hf["hidden_size"] / hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] / hf["num_attention_heads"]
     return abs(hf.get("attention_multiplier", 1.0) * head_dim**0.5 - 1) < 1e-6
 
 
@@ -154,11 +154,14 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling", "rotary"):
         if not isinstance(hf.get(key) or {}, dict):
             raise UserError(f"{file}: {key}={hf[key]!r} is no object with a type and its values")
-    _refuse_unknown_switches(hf, file)
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in needed if key not in hf]
-    if missing:
+    if missing := [key for key in _SIZES if hf.get(key) is None]:
         raise UserError(f"{file}: {', '.join(missing)} missing; this is not the config.json of a whole model")
+    if wrong := [f"{key}={hf[key]!r}" for key in _SIZES if type(hf[key]) is not int or hf[key] < 1]:
+        raise UserError(f"{file} does not describe a model: {', '.join(wrong)}; these are positive whole numbers")
+    _refuse_unknown_switches(hf, file)
+    refuse_two_ropes(hf, file)
+    if unheeded := [f"{key}={hf[key]}" for key in ("attention_dropout", "router_jitter_noise") if hf.get(key)]:
+        logger.warning(f"{file}: {', '.join(unheeded)}: training here goes without")
     if layout == "internlm3" and hf.get("bias", False):
         raise UserError(f"{file}: bias=True puts biases on the feed-forward layers, which our Transformer lacks")
     heads = hf["num_attention_heads"]
@@ -167,6 +170,7 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         raise UserError(f"{file}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
     bias = hf.get("bias", True) if layout in ("internlm", "internlm2") else hf.get("attention_bias", False)
     qkv_bias = {"qwen2": True, "internlm3": hf.get("qkv_bias", False)}.get(layout, bias)
+    theta = rope_of(hf)["rope_theta"]
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -176,8 +180,8 @@ def model_section(hf: dict[str, Any], file: str) -> dict[str, Any]:
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
         "intermediate_size": hf["intermediate_size"],
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "rope_base": float(_rope(hf).get("rope_theta", 10000.0)),
-        "rope_scaling": _rope_scaling(hf, file),
+        "rope_base": float(theta) if type(theta) is int else theta,
+        "rope_scaling": rope_scaling_of(hf, file),
         "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "qkv_bias": qkv_bias,
         "out_bias": False if layout in ("qwen2", "internlm3") else bias,
@@ -238,49 +242,17 @@ def check_same(model: ModelConfig, found: dict[str, Any], file: str) -> None:
         )
 
 
-def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings under the names of transformers 5, from any of the places where they were once kept."""
-    rotary = hf.get("rotary") or {}  # InternLM, 2023
-    theta = hf.get("rope_theta") or rotary.get("base", 10000.0)
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling")
-    if not scaling and rotary.get("type") == "dynamic":
-        scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return {"rope_theta": theta, **scaling, "rope_type": kind}
-
-
-def _rope_scaling(hf: dict[str, Any], file: str) -> dict[str, Any] | None:
-    """`model.rope_scaling`; raises UserError naming a type or key that is not computed here."""
-    rope = _rope(hf)
-    kind = rope["rope_type"]
-    if kind == "default":
-        return None
-    others = ("partial_rotary_factor", "rope_theta", "rope_type", "type")
-    scaling = {key: value for key, value in rope.items() if key not in others and value is not None}
-    if kind in ("yarn", "llama3"):
-        outside = hf.get("original_max_position_embeddings")  # transformers prefers it
-        inside = scaling.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        scaling["original_max_position_embeddings"] = outside or inside
-    numbers = {
-        key: float(value) if type(value) is int and key not in _WHOLE else value for key, value in scaling.items()
-    }
-    try:
-        return RopeScaling.model_validate({"type": kind, **numbers}).model_dump()
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, part['loc']))} {part['msg']}" for part in error.errors())
-        raise UserError(
-            f"{file}: rope_scaling of type {kind!r} is not supported by our Transformer: {reasons}"
-        ) from error
-
-
 def _refuse_unknown_switches(hf: dict[str, Any], file: str) -> None:
-    rope = _rope(hf)
+    rope = rope_of(hf)
     wrong = {
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "mlp_bias": hf.get("mlp_bias", False),
         "use_sliding_window": hf.get("use_sliding_window", False),
-        "layer_types": "sliding_attention" in (hf.get("layer_types") or []),
+        "layer_types": any(kind != "full_attention" for kind in hf.get("layer_types") or []),
+        "per_layer_config": bool(hf.get("per_layer_config")),
+        "rotary": (hf.get("rotary") or {}).get("type", "dynamic") not in ("origin", "dynamic"),
+        "is_causal": not hf.get("is_causal", True),
+        "rope_parameters": any(isinstance(value, dict) for value in rope.values()),  # one for each type of layer
         "sliding_window": hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None,
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(hf.get("mlp_only_layers")),

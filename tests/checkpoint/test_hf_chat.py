@@ -171,5 +171,7 @@ def test_old_configs_of_internlm_are_understood(internlm: tuple[Path, Transforme
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert config.rope_parameters["rope_type"] == "dynamic" and config.rope_parameters["rope_theta"] == 10000
     assert config.attention_bias is True and config.model_type == "internlm"
-    assert HFReader(folder).config_model()["rope_base"] == 10000
+    ours = HFReader(folder).config_model()
+    assert ours["rope_base"] == 10000 and ours["rope_scaling"]["type"] == "dynamic"
+    assert ours["rope_scaling"]["factor"] == config.rope_parameters["factor"]
     assert issubclass(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).__class__, LlamaForCausalLM)

@@ -157,6 +157,14 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
         ({"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
         ({"model_type": "granitemoe"}, "attention_multiplier=missing"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"per_layer_config": {"1": {"intermediate_size": 40}}}, "per_layer_config="),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters={'full_attention'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "rope_base = 'much'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling says .*2.0.* keep the right one"),
+        ({"rotary": {"base": 10000, "type": "linear"}}, "rotary={'base': 10000, 'type': 'linear'}"),
+        ({"model_type": "granitemoe", "attention_multiplier": 12**-0.5, "head_dim": 16}, "attention_multiplier=0.28"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
@@ -168,7 +176,9 @@ def test_a_longer_context_is_only_a_warning(export: Path, caplog: pytest.LogCapt
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.5}}, "factor Input should be"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"vocab_size": None}, "vocab_size missing"),
-        ({"vocab_size": "67"}, "vocab_size = '67': Input should be a valid integer"),
+        ({"vocab_size": "67"}, "vocab_size='67'; these are positive whole numbers"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0; these are positive"),
+        ({"head_dim": "12"}, "head_dim = '12': Input should be a valid integer"),
         ({"rope_parameters": "llama3"}, "rope_parameters='llama3' is no object"),
         ({"num_attention_heads": 5}, "num_attention_heads=5 is not divisible by num_key_value_heads=2"),
         ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
@@ -215,6 +225,8 @@ def test_rotary_base_is_found_wherever_it_was_kept(export: Path, old: dict[str, 
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, {"type": "dynamic", "factor": 2.0}),
         ({"rotary": {"base": 2e4, "type": "dynamic"}}, {"type": "dynamic", "factor": 1.0}),  # InternLM, 2023
         ({"rotary": {"base": 2e4, "type": "origin"}}, None),
+        ({"model_type": "internlm", "rotary": {"base": 2e4}}, {"type": "dynamic", "factor": 1.0}),
+        ({"model_type": "internlm"}, {"type": "dynamic", "factor": 1.0}),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
             {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
@@ -227,7 +239,8 @@ def test_rotary_base_is_found_wherever_it_was_kept(export: Path, old: dict[str, 
 )
 def test_rotary_scaling_is_read(export: Path, old: dict[str, Any], expected: dict[str, Any] | None) -> None:
     edit(export / "config.json", rope_parameters=None, **old)
-    scaling = HFReader(export).config_model()["rope_scaling"]
+    file = export / "config.json"
+    scaling = model_section(json.loads(file.read_text()), str(file))["rope_scaling"]
     assert scaling == (expected and RopeScaling.model_validate(expected).model_dump())
 
 
@@ -284,6 +297,46 @@ def test_a_truncated_shard_is_named(export: Path) -> None:
     last.write_bytes(data[:20])
     with pytest.raises(UserError, match=f"{last.name} is damaged"):
         HFReader(export).read("head.weight")
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    config, model = tiny_run("internlm_tied")
+    export_hf(named(model), config, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def add_tensors(file: Path, **tensors: torch.Tensor) -> None:
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tied: Path) -> None:
+    """transformers computes with such a head, whatever config.json says."""
+    file = tied / "model.safetensors"
+    embedding = load_file(file)["model.embed_tokens.weight"]
+    add_tensors(file, **{"lm_head.weight": embedding.clone()})
+    assert torch.equal(HFReader(tied).read("embedding.weight"), embedding)
+    head = embedding.clone()
+    head[66, 47] += 1
+    add_tensors(file, **{"lm_head.weight": head})
+    theirs = LlamaForCausalLM.from_pretrained(tied)
+    assert torch.equal(theirs.lm_head.weight, head) and torch.equal(theirs.model.embed_tokens.weight, embedding)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding.*set tie_word_embeddings to false"):
+        HFReader(tied).read("embedding.weight")
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.output.weight", "output.weight", "v_head.lm_head.weight"])
+def test_an_extra_tensor_is_named(tied: Path, extra: str) -> None:
+    add_tensors(tied / "model.safetensors", **{extra: torch.ones(2)})
+    with pytest.raises(UserError, match=f"config.json does not explain: {extra}"):
+        HFReader(tied)
+
+
+def test_what_only_training_would_do_is_a_warning(export: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(export / "config.json", attention_dropout=0.1, router_jitter_noise=0.0)
+    with caplog.at_level("WARNING", "internlm"):
+        HFReader(export)
+    assert "attention_dropout=0.1: training here goes without" in caplog.text
 
 
 @pytest.mark.parametrize(
