@@ -19,7 +19,7 @@ from internlm.model.init import initial_value
 from internlm.model.transformer import Transformer, build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.solver.hybrid_zero import HybridZero
-from internlm.train.preference import AnswerSums, PreferenceLoss, answer_sums
+from internlm.train.preference import PreferenceLoss, answer_sums
 from internlm.train.state import TrainState
 
 
@@ -27,16 +27,15 @@ def build_objective(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> Pre
     """What is trained, with its reference; None: cross-entropy of the next token. Collective."""
     if config.dpo is None:
         return None
-    return PreferenceLoss(
-        config.dpo, build_reference(config, mesh, lanes) if config.dpo.reference == "each_step" else None
-    )
+    each_step = config.dpo.reference == "each_step"
+    return PreferenceLoss(config.dpo, partial(sums_of, *build_reference(config, mesh, lanes)) if each_step else None)
 
 
-def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> AnswerSums:
-    """-log p of the answers of a row under the model of `ckpt.load_ckpt_info`.
+def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> tuple[Transformer, HybridZero]:
+    """The model of `ckpt.load_ckpt_info`, and its engine.
 
     Its parameters are sharded as the trained model's are; it has no gradients and no optimizer states. `lanes`
-    are those of the trained model's engine. Collective, also each call.
+    are those of the trained model's engine. Collective.
     """
     assert config.ckpt.load_ckpt_info is not None  # config/checks.py
     start = config.ckpt.load_ckpt_info.model_copy(update={"content": ("model",)})
@@ -47,7 +46,7 @@ def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> Ans
     initial = partial(initial_value, config=config.model, seed=config.seed)
     engine = HybridZero(model, frozen, mesh, initial, placements, lanes=lanes)
     Loader(frozen, engine, TrainState(), Control(), {}).resume()
-    return partial(sums_of, model, engine)
+    return model, engine
 
 
 @torch.no_grad()

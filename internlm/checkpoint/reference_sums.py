@@ -27,6 +27,7 @@ from internlm.data.loader import TrainLoader, ValidLoader, read_row
 from internlm.data.packing import WholeSamples
 from internlm.data.rows import ReferenceSums, TrainRows
 from internlm.model.transformer import Transformer
+from internlm.parallel.parallelize import whole_answers
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.preference import AnswerSums
 from internlm.utils.logger import get_logger
@@ -67,10 +68,11 @@ def give_reference(
     if count := sum(len(numbers) for numbers in missing.values()):
         logger.info("computing the log-probabilities of the reference once: %d rows", count)
         start = time.perf_counter()
-        sums = build_reference(config, mesh, optimizer.lanes) if resumed else partial(sums_of, model.eval(), optimizer)
-        for name, numbers in missing.items():
-            _compute(sums, sets[name], numbers, values[name], mesh)
-        del sums
+        asked = build_reference(config, mesh, optimizer.lanes) if resumed else (model.eval(), optimizer)
+        with whole_answers(asked[0], config, mesh):
+            for name, numbers in missing.items():
+                _compute(partial(sums_of, *asked), sets[name], numbers, values[name], mesh)
+        del asked
         gc.collect()  # a model and its engine refer to each other
         model.train()
         logger.info("computed the log-probabilities of the reference in %.1f s", time.perf_counter() - start)

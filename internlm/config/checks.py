@@ -189,9 +189,14 @@ def preference(config: Config) -> Problems:
         yield "dpo: loss.label_smoothing, z_loss and reduction do not apply to pairs; leave them out"
     if config.ckpt.load_ckpt_info is None:
         yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set; set it"
-    sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("pipeline", "ring", "ulysses")}
+    sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("ring", "ulysses")}
     if set(sizes.values()) != {1}:
         yield f"dpo: an answer's log-probability is summed on one rank, but parallel has {sizes}; set all to 1"
+    if parallel.pipeline.size > 1 and config.dpo.reference == "each_step":
+        yield (
+            f'dpo.reference = "each_step" with parallel.pipeline.size = {parallel.pipeline.size}: the reference would '
+            'pass through the stages at every step; set dpo.reference = "once"'
+        )
 
 
 def evaluation(config: Config) -> Problems:

@@ -195,7 +195,7 @@ class DpoConfig(Section):
     reference: Literal["each_step", "once"] = Field(
         "each_step",
         description="when the reference's log-probabilities are computed: each_step: for each row that is trained on, "
-        "by weights that stay in memory; once: before training, then kept beside the checkpoints",
+        "by weights that stay in memory; once: before training, then kept beside the checkpoints; needed in a pipeline",
     )
 
 

@@ -91,11 +91,7 @@ class Transformer(nn.Module):
         `upstream` is the factor between the summed loss and what backward starts from, if known: `ops.cross_entropy`.
         `weigh` makes weights of the tokens, fp32 [tokens], from their losses; the head then runs twice.
         """
-        x, weights = self._hidden(batch), None
-        if weigh is not None:
-            with torch.no_grad():
-                weights = weigh(self.head_loss(x, batch).token_losses)
-        return self.head_loss(x, batch, label_smoothing, upstream, z_loss, weights)
+        return self.head_loss(self._hidden(batch), batch, label_smoothing, upstream, z_loss, weigh)
 
     def head_loss(
         self,
@@ -104,10 +100,14 @@ class Transformer(nn.Module):
         label_smoothing: float = 0.0,
         upstream: float = 1.0,
         z_loss: float = 0.0,
-        token_weights: Tensor | None = None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> LossOutput:
         """`loss` from the output of the last block [tokens, hidden]."""
-        return self.head(x, self._tied_weight(), batch.labels, label_smoothing, upstream, z_loss, token_weights)
+        tied, weights = self._tied_weight(), None
+        if weigh is not None:
+            with torch.no_grad():
+                weights = weigh(self.head(x, tied, batch.labels).token_losses)
+        return self.head(x, tied, batch.labels, label_smoothing, upstream, z_loss, weights)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, batch: Batch) -> Tensor:
         """x [tokens, hidden] through some of `layers`, neighbours in order."""

@@ -4,13 +4,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from internlm.model.batch import Batch
-from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
 
 # Called for each micro batch on the ranks that compute its loss: (output, the part of the row that it belongs to).
 OnLoss = Callable[[LossOutput, Batch], None]
-# What is trained: (model, row, the weight of its summed loss) -> that loss.
-Objective = Callable[[Transformer, Batch, float], LossOutput]
+# `Transformer.loss` of a row, or `head_loss` where the row's hidden states are there: all but the row is still to give.
+LossOf = Callable[..., LossOutput]
+# What is trained: (the loss of a row, the row, the weight of its summed loss) -> that loss.
+Objective = Callable[[LossOf, Batch, float], LossOutput]
 
 
 class GradientEngine(Protocol):

@@ -12,6 +12,7 @@ previous chunk, on the first chunk to the embedding.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from internlm.config.schema import Config, LossConfig
+from internlm.config.schema import Config
 from internlm.core.collectives import all_reduce_
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
-from internlm.parallel.contract import GradientEngine, OnLoss
+from internlm.parallel.contract import GradientEngine, Objective, OnLoss
+from internlm.parallel.objective import next_token, plain_loss
 from internlm.parallel.pipeline_layout import PipelineLayout, pipeline_layout
 from internlm.parallel.recompute import num_with_recomputation
 from internlm.parallel.sequence import own_part
@@ -62,8 +64,11 @@ class _Arrival:
 class Pipeline:
     """The schedules with more than one stage."""
 
-    def __init__(self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh) -> None:
+    def __init__(
+        self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None
+    ) -> None:
         self.model, self.engine, self.config, self.mesh = model, engine, config, mesh
+        self.objective, self.measure = objective or next_token(config.loss), objective or plain_loss
         self.layout = pipeline_layout(config)
         self.stage, self.group = mesh.coordinates["pipeline"], mesh.group("pipeline")
         self.chunks = {chunk: _Chunk(model, config, self.layout, chunk) for chunk in self.layout.chunks_of(self.stage)}
@@ -83,19 +88,24 @@ class Pipeline:
         if count not in self._plans:  # it changes while data.rampup_batch_size is at work
             self._plans[count] = with_transfers(compute_table(self.layout, count), self.layout)
         self.engine.begin_step(count, [chunk.modules for chunk in self.chunks.values()])
-        self._run(self._plans[count][self.stage], rows, weights, on_loss, self.config.loss)
+        self._run(self._plans[count][self.stage], rows, weights, on_loss, self.objective)
 
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         with torch.no_grad():
-            self._run(self._evaluation[self.stage], [row], [1.0], on_loss, LossConfig())
+            self._run(self._evaluation[self.stage], [row], [1.0], on_loss, self.measure)
 
     def eval_mode(self, on: bool) -> None:
         self.model.train(not on)
 
     def _run(
-        self, plan: Sequence[Action], rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss, loss: LossConfig
+        self,
+        plan: Sequence[Action],
+        rows: Sequence[Batch],
+        weights: Sequence[float],
+        on_loss: OnLoss,
+        objective: Objective,
     ) -> None:
-        run = _Run([own_part(row, self.mesh).to(self.mesh.device) for row in rows], weights, on_loss, loss)
+        run = _Run([own_part(row, self.mesh).to(self.mesh.device) for row in rows], weights, on_loss, objective)
         for action in plan:
             with record_function(str(action)):
                 self._do(action, run)
@@ -126,7 +136,7 @@ class Pipeline:
         output = self.model.run_blocks(chunk.blocks, x, part)
         if chunk.last:
             weight = run.weights[action.micro_batch]
-            loss = self.model.head_loss(output, part, run.loss.label_smoothing, weight, run.loss.z_loss)
+            loss = run.objective(partial(self.model.head_loss, output, part), part, weight)
             run.on_loss(loss, part)
             output = loss.loss_sum * weight
         else:
@@ -230,6 +240,6 @@ class _Run:
     parts: list[Batch]
     weights: Sequence[float]
     on_loss: OnLoss
-    loss: LossConfig
+    objective: Objective
     arrived: dict[Action, _Arrival] = field(default_factory=dict)  # by the action that receives it, here or elsewhere
     in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)  # by chunk and micro batch

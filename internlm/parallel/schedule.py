@@ -1,14 +1,15 @@
 """The order of forward and backward passes of a step's micro batches."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from internlm.config.schema import Config
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
-from internlm.ops.cross_entropy import LossOutput
 from internlm.parallel.contract import GradientEngine, Objective, OnLoss
+from internlm.parallel.objective import next_token, plain_loss
 from internlm.parallel.pipeline import Pipeline
 from internlm.parallel.sequence import own_part
 
@@ -36,32 +37,23 @@ class Accumulation:
         self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None
     ) -> None:
         self.model, self.engine, self.mesh = model, engine, mesh
-        self.loss = config.loss
-        self.objective, self.measure = objective or self._next_token, objective or _plain_loss
+        self.objective, self.measure = objective or next_token(config.loss), objective or plain_loss
 
     def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
         self.engine.begin_step(len(rows))
         for row, weight in zip(rows, weights, strict=True):
             part = own_part(row, self.mesh).to(self.mesh.device)
-            output = self.objective(self.model, part, weight)
+            output = self.objective(partial(self.model.loss, part), part, weight)
             on_loss(output, part)
             (output.loss_sum * weight).backward()
             self.engine.end_backward()
 
-    def _next_token(self, model: Transformer, part: Batch, upstream: float) -> LossOutput:
-        return model.loss(part, self.loss.label_smoothing, upstream=upstream, z_loss=self.loss.z_loss)
-
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         part = own_part(row, self.mesh).to(self.mesh.device)
-        on_loss(self.measure(self.model, part, 1.0), part)
+        on_loss(self.measure(partial(self.model.loss, part), part, 1.0), part)
 
     def eval_mode(self, on: bool) -> None:
         self.model.train(not on)
-
-
-def _plain_loss(model: Transformer, part: Batch, upstream: float) -> LossOutput:
-    """Without what training adds."""
-    return model.loss(part)
 
 
 def build_schedule(
@@ -69,5 +61,5 @@ def build_schedule(
 ) -> Schedule:
     """The schedule that `parallel.pipeline` asks for; `objective` None: cross-entropy of the next token."""
     if mesh.sizes["pipeline"] > 1:
-        return Pipeline(model, engine, config, mesh)
+        return Pipeline(model, engine, config, mesh, objective)
     return Accumulation(model, engine, config, mesh, objective)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from internlm.config.schema import DpoConfig
 from internlm.model.batch import IGNORE_INDEX, Batch
-from internlm.model.transformer import Transformer
 from internlm.ops.cross_entropy import LossOutput
+from internlm.parallel.contract import LossOf
 
 AnswerSums = Callable[[Batch], Tensor]
 
@@ -31,7 +31,7 @@ class PreferenceLoss:
     def __init__(self, config: DpoConfig, reference: AnswerSums | None) -> None:
         self.beta, self.reference = config.beta, reference
 
-    def __call__(self, model: Transformer, row: Batch, upstream: float) -> LossOutput:
+    def __call__(self, loss_of: LossOf, row: Batch, upstream: float) -> LossOutput:
         """Sum over the pairs of a row, of which `row.num_trained` counts the pairs.
 
         In the result a pair stands at the first trained token of its chosen answer: there is its loss, and `correct`
@@ -52,7 +52,7 @@ class PreferenceLoss:
             slope = self.beta * torch.sigmoid(-margin)
             return torch.stack((slope, -slope), dim=1).flatten()[segment]
 
-        surrogate = model.loss(row, upstream=upstream, weigh=derivative).loss_sum
+        surrogate = loss_of(upstream=upstream, weigh=derivative).loss_sum
         margin = kept[0]
         first = trained & (_trained_before(trained, segment, 2 * pairs) == 0) & (segment % 2 == 0)
         token_losses = torch.where(first, F.softplus(-margin)[segment // 2], 0.0)

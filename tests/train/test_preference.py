@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.pool import run_ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_sft" / "tokenizer.model"
 BETA, STEPS, LR = 0.5, 3, 0.02
-MODEL = {"vocab_size": 1024, "qkv_bias": False, "num_layers": 1}
+MODEL = {"vocab_size": 1024, "qkv_bias": False, "num_layers": 4}
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +143,25 @@ def by_trl(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("reference", ["each_step", "once"])
+LAYOUTS: list[tuple[int, tuple[int, int, int], dict[str, Any]]] = [
+    (1, (1, 1, 1), {}),
+    (2, (1, 1, 1), {}),
+    (2, (1, 1, 2), {}),
+    (2, (1, 2, 2), {}),
+    (2, (2, 2, 2), {}),
+    (2, (1, 1, 1), {"tensor": {"size": 2}}),
+]
+PIPELINES: list[tuple[int, tuple[int, int, int], dict[str, Any]]] = [
+    (2, (1, 1, 1), {"pipeline": {"size": 2}}),
+    (2, (1, 1, 1), {"pipeline": {"size": 2, "schedule": "zbv"}}),
+    (4, (2, 2, 2), {"pipeline": {"size": 2}}),
+    (4, (1, 1, 1), {"pipeline": {"size": 2}, "tensor": {"size": 2, "mode": "msp"}}),
+]
+
+
 @pytest.mark.parametrize(
-    ("world_size", "chain", "parallel"),
-    [
-        (1, (1, 1, 1), {}),
-        (2, (1, 1, 1), {}),
-        (2, (1, 1, 2), {}),
-        (2, (1, 2, 2), {}),
-        (2, (2, 2, 2), {}),
-        (2, (1, 1, 1), {"tensor": {"size": 2}}),
-    ],
+    ("world_size", "chain", "parallel", "reference"),
+    [*((*layout, "each_step") for layout in LAYOUTS), *((*layout, "once") for layout in LAYOUTS + PIPELINES)],
 )
 def test_losses_and_gradients_are_those_of_trl(
     folder: Path,
@@ -163,7 +172,8 @@ def test_losses_and_gradients_are_those_of_trl(
     parallel: dict[str, Any],
     reference: str,
 ) -> None:
-    config = config_of(folder, chain, 1 if parallel else world_size, parallel=parallel, dpo={"reference": reference})
+    readers = world_size // prod(axis["size"] for axis in parallel.values())
+    config = config_of(folder, chain, readers, parallel=parallel, dpo={"reference": reference})
     found = run_ranks(world_size, train, config, tmp_path)[0]
     assert found["losses"][0] == pytest.approx(0.693147, rel=1e-5)  # the model is its own reference
     assert found["losses"] == pytest.approx(by_trl["losses"], rel=1e-4)
@@ -192,10 +202,15 @@ def test_resume_keeps_the_reference(folder: Path, tmp_path: Path) -> None:
     assert contents(last[0]) == contents(last[1])
 
 
-def test_what_was_computed_once_is_kept(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chain", "readers", "parallel"), [((2, 2, 2), 2, {}), ((1, 1, 1), 1, {"pipeline": {"size": 2}})]
+)
+def test_what_was_computed_once_is_kept(
+    folder: Path, tmp_path: Path, chain: tuple[int, int, int], readers: int, parallel: dict[str, Any]
+) -> None:
     """A resumed run needs no reference but for what is new or damaged, and trains as one that was never stopped."""
     each_step = run_ranks(2, train, config_of(folder, (2, 2, 2), 2), tmp_path / "each_step")[0]["losses"]
-    once = config_of(folder, (2, 2, 2), 2, dpo={"reference": "once"}, ckpt={"checkpoint_every": 1})
+    once = config_of(folder, chain, readers, parallel=parallel, dpo={"reference": "once"}, ckpt={"checkpoint_every": 1})
     whole = run_ranks(2, train, once, tmp_path / "whole")[0]
     assert whole["losses"] == pytest.approx(each_step, rel=1e-6)
     expected = load_file(tmp_path / "whole" / "checkpoints" / "reference.safetensors")
@@ -240,7 +255,10 @@ REFUSALS: list[tuple[dict[str, Any], Told]] = [
     ({"loss": {"label_smoothing": 0.1}}, ("dpo: ", "loss.label_smoothing", "leave them out")),
     ({"loss": {"z_loss": 1e-4}}, ("dpo: ", "z_loss", "leave them out")),
     ({"ckpt": {"load_ckpt_info": None}}, ("dpo: ", "ckpt.load_ckpt_info, which is not set", "set it")),
-    ({"parallel": {"pipeline": {"size": 2}}}, ("dpo: ", "'pipeline': 2", "set all to 1")),
+    (
+        {"parallel": {"pipeline": {"size": 2}}},
+        ("dpo.reference", '"each_step" with parallel.pipeline.size = 2', 'set dpo.reference = "once"'),
+    ),
     ({"parallel": {"context": {"ring": 2}}}, ("dpo: ", "'ring': 2", "set all to 1")),
 ]
 
