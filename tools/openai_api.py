@@ -9,7 +9,10 @@ served unless --host says otherwise.
 
 import argparse
 import ipaddress
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
 
 logger = get_logger("openai_api")
+
+_PATIENCE = 5  # seconds that clients may take to read what is left when the server ends
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -35,17 +40,48 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def serve(given: argparse.Namespace) -> None:
-    """Until SIGINT or SIGTERM. Raises UserError."""
+    """Until SIGINT or SIGTERM, which break answers off. Raises UserError."""
     try:
         import uvicorn
     except ImportError as error:
         raise UserError('serving needs uvicorn: pip install "internlm[serve]"') from error
-    with load_with_progress(given.path, given, given.num_rows, given.max_waiting) as chat:
-        app = build_app(chat)
+    with (
+        _bound(given.host, given.port) as listening,  # first: a large model is read for minutes
+        load_with_progress(given.path, given, given.num_rows, given.max_waiting) as chat,
+    ):
+        config = uvicorn.Config(build_app(chat), log_level="warning", timeout_graceful_shutdown=_PATIENCE)
+        server = uvicorn.Server(config)
+
+        def stop(*_: object) -> None:
+            logger.info("the server ends; answers under way are broken off")
+            server.should_exit = True
+            chat.close()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         if not _is_loopback(given.host):
             logger.warning(f"whoever reaches {given.host}:{given.port} can use the model: there is no password")
-        logger.info(f"model {chat.name!r} at http://{given.host}:{given.port}/v1")
-        uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
+        host = f"[{given.host}]" if ":" in given.host else given.host
+        logger.info(f"model {chat.name!r} at http://{host}:{listening.getsockname()[1]}/v1")
+        # in another thread, where uvicorn has no handlers of its own, which let answers go on to their end
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while thread.is_alive():
+            thread.join(1)  # wakes up for a signal that reached another thread
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the first address of `host`. Raises UserError."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port {port} is not from 0 (any that is free) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise UserError(f"can't listen at --host {host} --port {port} ({error}): choose others") from error
+    return bound
 
 
 def _is_loopback(host: str) -> bool:

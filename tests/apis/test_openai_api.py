@@ -3,13 +3,19 @@
 import asyncio
 import functools
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -22,7 +28,7 @@ from internlm.apis.openai_server import _Answer, build_app, pieces_of
 from internlm.apis.sampling import Sampling
 from internlm.apis.text_stream import TextStream
 from internlm.data.message import Message
-from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, PLOT, SECOND, WEATHER
+from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, HTML, PLOT, SECOND, SLOW, WEATHER
 from tools.openai_api import main
 
 GREEDY = ReplyOptions(Sampling())
@@ -332,3 +338,31 @@ def test_paths_of_2023(client: Any) -> None:
 def test_a_wrong_folder(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is no checkpoint and holds none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("port", "message"), [(None, "in use"), (65536, "is not from 0"), (-1, "is not from 0")])
+def test_a_port_is_tried_before_a_model_is_read(port: int | None, message: str, capsys: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["no such folder", f"--port={taken.getsockname()[1] if port is None else port}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_breaks_answers_off(number: int, chat_folder: Path, repo_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    command = [sys.executable, str(repo_root / "tools" / "openai_api.py"), str(chat_folder), "--port=0", "--device=cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(repo_root)))}
+    log = tmp_path / "log"
+    with log.open("w") as told, subprocess.Popen(command, env=environment, stdout=told, stderr=told) as server:
+        until(lambda: "http://" in log.read_text() or server.poll() is not None)
+        address = re.findall(r"http://\S+", log.read_text())[0]
+        with openai.OpenAI(base_url=address, api_key="none") as client:
+            answer = iter(ask(client, COUNT, stream=True))
+            next(answer)
+            server.send_signal(number)
+            with pytest.raises(openai.APIError, match="the answer was broken off"):
+                list(answer)
+        assert server.wait(LONG) == 0
+    assert "Traceback" not in log.read_text()

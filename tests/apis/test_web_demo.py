@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from tests.apis.tiny_chat import ANSWERS, CODE, COUNT, HELLO, HTML, SECOND, WEATHER
+from tests.apis.tiny_chat import ANSWERS, CODE, COUNT, HELLO, HTML, SECOND, SLOW, WEATHER
 
 # Readers of Markdown differ on whether the images of the first three are code.
 IMAGES = r"""`\`![x](http://127.0.0.1:9/1.png)`
@@ -82,15 +82,6 @@ def test_what_is_missing_is_said(
 ) -> None:
     page = opened(monkeypatch, repo_root, *arguments)
     assert not page.exception and page.error and text in page.code[0].value
-
-
-# Imported by every Python process that finds it: a token takes long enough for an answer to be stopped.
-SLOW = """
-import time
-from internlm.apis.sampling import Sampling
-choose = Sampling.choose
-Sampling.choose = lambda *given: (time.sleep(0.02), choose(*given))[1]
-"""
 
 
 def started(port: int, folder: Path, repo_root: Path, chat_folder: Path) -> subprocess.Popen[bytes] | None:

@@ -31,6 +31,13 @@ CALLS = {
     WEATHER: ToolCall("get_weather", {"city": "Shanghai"}),
     PLOT: ToolCall("interpreter", {"code": "print(6 * 7)"}),
 }
+# Imported by every Python process that finds it: a token takes long enough for an answer to be stopped.
+SLOW = """
+import time
+from internlm.apis.sampling import Sampling
+choose = Sampling.choose
+Sampling.choose = lambda *given: (time.sleep(0.02), choose(*given))[1]
+"""
 SECOND = ("and again?", "Hello once more.")  # after HELLO
 
 
