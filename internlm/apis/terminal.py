@@ -20,7 +20,7 @@ from internlm.apis.generate import Progress
 from internlm.apis.sampling import Sampling
 from internlm.data.chat_template import BUILT_IN, META_INSTRUCTION
 from internlm.utils.device import torch_dtype
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import setup_logging
 
 HELP = """/help             this list
@@ -184,7 +184,7 @@ def changed(options: ReplyOptions, name: str, value: str) -> ReplyOptions:
     try:
         if name in kinds:
             return replace(options, sampling=replace(options.sampling, **{name: kinds[name](value)}))
-        if name == "max_new_tokens" and int(value) > 0:
+        if name == "max_new_tokens":
             return replace(options, max_new_tokens=int(value))
         if name == "seed":
             return replace(options, seed=None if value == "-" else int(value))
@@ -212,16 +212,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Exits with 0 at the end of the conversation, with 2 for a mistake that the user can fix."""
+def talk(given: argparse.Namespace) -> None:
+    """Until the end of the conversation. Raises UserError."""
+    sampling = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
+    options = ReplyOptions(sampling, given.max_new_tokens, given.seed)
+    with load_with_progress(given.path, given) as chat:
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # refused as a question
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without Unicode
+        system = META_INSTRUCTION if given.system == "default" else given.system
+        Terminal(Conversation(chat, system), options, Console()).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 at the end of the conversation, 2 for a mistake that the user can fix."""
     given = parse_arguments(arguments)
     setup_logging(rank=0, world_size=1)
-    try:
-        sampling = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
-        options = ReplyOptions(sampling, given.max_new_tokens, given.seed)
-        with load_with_progress(given.path, given) as chat:
-            system = META_INSTRUCTION if given.system == "default" else given.system
-            Terminal(Conversation(chat, system), options, Console()).run()
-    except UserError as error:
-        print(f"chat: {error}", file=sys.stderr)
-        sys.exit(2)
+    return exit_code(lambda: talk(given))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,7 @@ def test_the_oldest_turns_give_way(chat: ChatModel) -> None:
     assert len(chat.prompt_of(sent)) <= 512 - 8
     with pytest.raises(UserError, match="limit is 512"):
         list(conversation.ask("y" * 600))
+    assert len(conversation.messages) == 12  # what can't be asked leaves no trace
 
 
 def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
@@ -151,6 +153,28 @@ def test_the_terminal(chat_folder: Path, tmp_path: Path) -> None:
     assert [turn["content"] for turn in turns[:3]] == [HELLO, ANSWERS[HELLO], "and \nagain?"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bytes_that_are_no_text(chat_folder: Path, encoding: str) -> None:
+    """One wrong line spoils no other, and what a terminal can't show is spelt."""
+    done = subprocess.run(
+        [sys.executable, "-m", "internlm.apis.chat", str(chat_folder), "--temperature=0", "--device=cpu"],
+        input=b"a\xff\nhello\n/system \xe4\xb9\xa6\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"},
+        timeout=300,
+    )
+    shown = done.stdout.decode(encoding)
+    assert done.returncode == 0 and "remove it" in shown and ANSWERS[HELLO] in shown, shown
+    assert ("书" if encoding == "utf-8" else "\\udce4") in shown
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_an_answer_has_a_token_at_least(number: int) -> None:
+    with pytest.raises(UserError, match=f"max_new_tokens={number} must be at least 1"):
+        ReplyOptions(max_new_tokens=number)
+
+
 def test_the_terminal_obeys_the_user_alone(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's text can't command it, and an answer that breaks off doesn't end the chat."""
     console = Console(file=io.StringIO(), force_terminal=False)
@@ -170,8 +194,7 @@ def test_the_terminal_obeys_the_user_alone(chat: ChatModel, monkeypatch: pytest.
 
 
 def test_mistakes_on_the_command_line_end_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+    assert main([str(tmp_path)]) == 2
     assert "is no checkpoint and holds none" in capsys.readouterr().err
 
 

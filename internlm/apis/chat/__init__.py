@@ -46,6 +46,8 @@ class ReplyOptions:
     tools: tuple[Mapping[str, Any], ...] = ()  # functions that the model may call, in the OpenAI form
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must fit in 64 bits: from -2**63 to 2**63 - 1")
 
@@ -140,7 +142,10 @@ class ChatModel:
 
 
 class Conversation:
-    """Turns so far, and how to go on. The text of an answer stays, even if it was broken off."""
+    """Turns so far, and how to go on.
+
+    The text of an answer stays, even if it was broken off. A question that raises UserError does not.
+    """
 
     def __init__(self, chat: ChatModel, system: str = "") -> None:
         self.chat, self.system = chat, system
@@ -182,8 +187,13 @@ class Conversation:
         return [Message("system", self.system)] if self.system else []
 
     def _answer(self, messages: list[Message], options: ReplyOptions) -> Iterator[str]:
+        before = self.messages, self.num_forgotten
         self.messages = messages
-        reply = self.chat.reply(self._fitting(options), options)
+        try:
+            reply = self.chat.reply(self._fitting(options), options)
+        except UserError:
+            self.messages, self.num_forgotten = before
+            raise
         try:
             for piece in reply:
                 self.messages = [*messages, Message("assistant", reply.text)]

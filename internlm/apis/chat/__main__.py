@@ -1,6 +1,8 @@
 """`python -m internlm.apis.chat PATH`"""
 
+import sys
+
 from internlm.apis.terminal import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
