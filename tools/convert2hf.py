@@ -3,7 +3,8 @@
     python tools/convert2hf.py --src_folder runs/demo/checkpoints --tgt_folder hf --tokenizer tokenizer.model
 
 The source is the folder of one checkpoint, or one that holds checkpoints, of which the newest good one is taken.
-Checkpoints of the 2023 framework (model_tp*_pp*.pt) are read as they are, cut up in whatever way.
+Checkpoints of the 2023 framework (model_tp*_pp*.pt) are read as they are, cut up in whatever way. An adapter in PEFT's
+files is merged with the base that its adapter_config.json names.
 """
 
 import argparse
@@ -14,13 +15,14 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
-from internlm.checkpoint.hf import DTYPES, export_hf
+from internlm.checkpoint.hf import DTYPES, HFReader, export_hf
 from internlm.checkpoint.hf_names import LAYOUTS
-from internlm.checkpoint.native import NativeReader, is_hf_folder, open_checkpoint
+from internlm.checkpoint.native import CheckpointReader, NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.data_section import DataConfig
+from internlm.config.presets import PRESETS
 from internlm.config.rope_section import RopeScaling
-from internlm.config.schema import Config
+from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat import template_of_data
 from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
 from internlm.utils.errors import UserError, exit_code
@@ -50,7 +52,7 @@ VERSIONS: dict[int | None, Literal["old", "new"]] = {1: "old", 2: "new"}
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--src_folder", "--src", required=True, help="checkpoint of any generation, or a folder of them"
+        "--src_folder", "--src", required=True, help="checkpoint of any generation, a folder of them, or PEFT's adapter"
     )
     parser.add_argument("--tgt_folder", "--tgt", required=True, help="folder of the export; made if missing")
     parser.add_argument(
@@ -74,18 +76,10 @@ def convert(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype.removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {arguments.dtype} is not known; use auto, {', '.join(DTYPES)}")
-    if is_hf_folder(arguments.src_folder):
-        raise UserError(
-            f"{arguments.src_folder} is a Hugging Face folder already; for another layout or dtype make a checkpoint "
-            "of it first (tools/convert_from_hf.py)"
-        )
-    reader = open_checkpoint(arguments.src_folder, mlp=VERSIONS.get(arguments.version))
-    config = reader.config
-    if arguments.version is not None and isinstance(reader, NativeReader):
-        raise UserError("--version tells how 2023 named its tensors; this checkpoint is ours, omit it")
+    reader, config = _open(arguments)
     if arguments.adapter:
         if not isinstance(reader, NativeReader):
-            raise UserError("--adapter: checkpoints of 2023 hold no adapters")
+            raise UserError("--adapter: only a checkpoint of ours has an adapter that is not in PEFT's files yet")
         base = config.ckpt.load_ckpt_info
         export_adapter(reader, arguments.tgt_folder, base.path if base is not None else "", arguments.force)
         return
@@ -116,6 +110,29 @@ def convert(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         template=template,
     )
+
+
+def _open(arguments: argparse.Namespace) -> tuple[HFReader | CheckpointReader, Config]:
+    folder, version = arguments.src_folder, arguments.version
+    if not is_hf_folder(folder):
+        checkpoint = open_checkpoint(folder, mlp=VERSIONS.get(version))
+        if version is not None and isinstance(checkpoint, NativeReader):
+            raise UserError("--version tells how 2023 named its tensors; this checkpoint is ours, omit it")
+        return checkpoint, checkpoint.config
+    reader = HFReader(folder)
+    if reader.adapter is None:
+        raise UserError(
+            f"{folder} is a Hugging Face folder already; for another layout or dtype make a checkpoint of it first "
+            "(tools/convert_from_hf.py)"
+        )
+    if version is not None:
+        raise UserError(f"--version tells how 2023 named its tensors; {folder} holds an adapter of PEFT, omit it")
+    logger.info(f"merging the adapter in {folder} into {reader.folder}")
+    files = [Path(reader.text_folder, name) for name in ("tokenizer.json", "tokenizer.model")]
+    tokenizer = reader.text_folder if any(file.is_file() for file in files) else None
+    model = ModelConfig(**{**PRESETS[reader.model_type], **reader.config_model()})
+    data = {"seq_len": model.max_position_embeddings, "total_steps": 1, "tokenizer_path": tokenizer}
+    return reader, Config.model_validate({"model_type": reader.model_type, "model": model, "data": data})
 
 
 def _with_rotary(config: Config, arguments: argparse.Namespace) -> Config:

@@ -69,7 +69,7 @@ def evaluate(given: argparse.Namespace) -> None:
     check_tasks(tasks, manager, max_length)
     template = template_of_model(reader, given.path) if given.apply_chat_template else None
     if isinstance(reader, HFReader):
-        stops = inspect_tokenizer(given.path, config.vocab_size).end_ids
+        stops = inspect_tokenizer(reader.text_folder, config.vocab_size).end_ids
     else:
         stops = [index for text in (template.stop if template else ()) if (index := tokenizer.id_of(text)) is not None]
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)

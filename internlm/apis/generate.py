@@ -25,7 +25,8 @@ _PREFILL = 512  # prompt tokens per row and call: bounds the attention scores of
 def load_model(
     folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Transformer, ModelConfig]:
-    """The model of a native checkpoint (or a folder of them: the newest good one) or of a Hugging Face folder.
+    """The model of a native checkpoint (or a folder of them: the newest good one), of a Hugging Face folder, or of
+    an adapter in PEFT's files with the base that they name.
 
     `device` None: the GPU if there is one. `dtype` None: that of the folder. Raises UserError.
     """
@@ -47,7 +48,7 @@ def model_config(reader: HFReader | CheckpointReader) -> ModelConfig:
 def tokenizer_of(reader: HFReader | CheckpointReader, folder: str | Path) -> Tokenizer:
     """The tokenizer of an opened folder: its own, or the one that the run was trained with. Raises UserError."""
     if isinstance(reader, HFReader):
-        return open_tokenizer(folder)
+        return open_tokenizer(reader.text_folder)
     path = reader.config.data.tokenizer_path
     if not path:
         raise UserError(f"{folder}: the run names no tokenizer (data.tokenizer_path); give the one of its data")

@@ -29,9 +29,10 @@ from internlm.checkpoint.hf_names import (
 from internlm.checkpoint.hf_remote_code import write_remote_code
 from internlm.checkpoint.hf_target import INDEX, prepare_folder
 from internlm.checkpoint.hf_tokenizer import check_export, inspect_tokenizer, write_tokenizer
+from internlm.checkpoint.peft_reader import PeftAdapter, is_adapter_folder
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import stream_tensors
-from internlm.config.schema import Config, ModelConfig
+from internlm.config.schema import Config, LoraConfig, ModelConfig
 from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError, writing
 from internlm.utils.json_files import parse_object, write_json
@@ -178,15 +179,21 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 class HFReader:
-    """A Hugging Face folder (or fsspec URL), read as native parameters.
+    """A Hugging Face folder (or fsspec URL), read as native parameters; that of an adapter stands for base and adapter.
 
     With `model`, the folder must hold that model, and parameters come in its conventions (qk_interleaved).
     Raises UserError for a folder that cannot be read or does not fit.
     """
 
     def __init__(self, folder: str | Path, model: ModelConfig | None = None) -> None:
-        self.folder = str(folder)
+        self.folder = self.text_folder = str(folder)
         self._storage = Storage(self.folder)
+        self.adapter = PeftAdapter(self._storage) if is_adapter_folder(self._storage) else None
+        if self.adapter is not None:
+            has_tokenizer = not {"tokenizer.json", "tokenizer.model"}.isdisjoint(self._storage.names())
+            self.folder = self.adapter.base
+            self.text_folder = str(folder) if has_tokenizer else self.folder  # tokenizer and chat template
+            self._storage = Storage(self.folder)
         if "config.json" not in self._storage.names():
             raise UserError(f"{self.folder} holds no config.json; give a folder in Hugging Face format")
         file = self._storage.show("config.json")
@@ -203,6 +210,8 @@ class HFReader:
         for entry in entries(self._hf["model_type"], self._shapes):
             self._entries.setdefault(entry.native, []).append(entry)
         self._check_names()
+        if self.adapter is not None:
+            self.adapter.place(self._entries, self._shapes, self._interleaved)
 
     @property
     def model_type(self) -> str:
@@ -214,11 +223,18 @@ class HFReader:
         return dict(self._section)
 
     def holds(self, name: str) -> bool:
-        """Whether the layout has a place for the native tensor `name`."""
-        return name in self._entries
+        """Whether the folder has a place for the native tensor `name`, one of the base or of an adapter's matrices."""
+        return name in self._entries or (self.adapter is not None and self.adapter.holds(name))
 
     def read(self, name: str) -> Tensor:
-        """The native parameter `name` on the CPU, in the dtype it is stored in."""
+        """The native parameter `name` on the CPU, in the dtype it is stored in; in fp32 with its adapter, if any."""
+        value = self.read_apart(name)
+        return value if self.adapter is None else self.adapter.merge(name, value)
+
+    def read_apart(self, name: str) -> Tensor:
+        """A parameter of the base without its adapter, or one of an adapter's matrices."""
+        if self.adapter is not None and self.adapter.holds(name):
+            return self.adapter.read(name)
         assert name in self._entries, f"{name} is no parameter of {self._section}"
         value: Tensor | None = None
         for entry in self._entries[name]:
@@ -245,6 +261,11 @@ class HFReader:
                     f"{self.folder}: tie_word_embeddings is true in config.json, but {name} is not the embedding, and "
                     "transformers computes with it: set tie_word_embeddings to false"
                 )
+
+    def check_run(self, lora: LoraConfig | None) -> None:
+        """Raises UserError unless a run with this lora section goes on with the folder's adapter, if it has one."""
+        if self.adapter is not None:
+            self.adapter.check_run(lora)
 
     def _check_names(self) -> None:
         expected = {entry.name for parts in self._entries.values() for entry in parts}

@@ -83,7 +83,7 @@ def _check_start(info: LoadConfig, config: Config) -> None:
     """Raises UserError unless a checkpoint of the named kind lies there, and of this run's model."""
     Storage(info.path, "ckpt.load_ckpt_info.path")
     if info.ckpt_type == "hf":
-        HFReader(info.path, config.model)
+        HFReader(info.path, config.model).check_run(config.lora)
     elif (legacy := newest_legacy_folder(info.path)) is not None:
         if Storage(legacy).is_local:  # where files are mapped; from elsewhere they would be fetched whole
             check_legacy(legacy, info.content, config)

@@ -241,13 +241,13 @@ class Loader:
                 'which holds nothing but the model: use content=("model",)'
             )
         reader = HFReader(info.path, self.config.model)
+        reader.check_run(self.config.lora)
         name, value = "", None
         for piece in self.optimizer.pieces():
-            # adapters are new, and a router's bias keeps its first value
-            if piece.kind != "param" or is_adapter(piece.name) or not reader.holds(piece.name):
+            if piece.kind != "param" or not reader.holds(piece.name):  # a router's bias keeps its first value
                 continue
             if piece.name != name:
-                name, value = piece.name, reader.read(piece.name)
+                name, value = piece.name, reader.read_apart(piece.name)
             assert value is not None
             piece.write(value[tuple(slice(start, stop) for start, stop in piece.box)])
         self.optimizer.loaded({"param"})

@@ -18,6 +18,7 @@ from internlm.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
+from internlm.checkpoint.peft_reader import is_adapter_folder
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema import Config
@@ -94,11 +95,6 @@ def _find(url: str) -> tuple[Storage, str, Manifest]:
         candidates = [(step, root, folder) for root in roots for step, folder in list_checkpoints(root)]
         candidates.sort(key=lambda item: -item[0])
     if not candidates:
-        if "adapter_config.json" in here.names():
-            raise UserError(
-                f"{url} holds an adapter alone. Give the run's folder, or merge it into its base with PEFT "
-                "(merge_and_unload) and give that folder"
-            )
         raise UserError(f"{url} is no checkpoint and holds none: give a folder with {MANIFEST}, or the one above it")
     reasons = []
     for _, root, folder in candidates:
@@ -131,8 +127,10 @@ def open_checkpoint(
 
 
 def is_hf_folder(folder: str | Path) -> bool:
-    """Whether config.json there is one of Hugging Face's; those of runs and checkpoints have a model section."""
+    """Whether an adapter of PEFT lies there, or a config.json of Hugging Face; those of runs have a model section."""
     storage = Storage(str(folder))
+    if is_adapter_folder(storage):
+        return True
     if "config.json" not in storage.names():
         return False
     about = parse_object(storage.read("config.json"), storage.show("config.json"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from internlm.checkpoint.hf_names import check_layout, default_layout, entries, native_shapes, to_half_split
 from internlm.checkpoint.hf_target import ADAPTER_FILES, prepare_folder
 from internlm.checkpoint.native import NativeReader, is_hf_folder
+from internlm.checkpoint.peft_reader import PeftAdapter, is_adapter_folder
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import write_tensors
 from internlm.utils.errors import UserError
@@ -23,9 +24,9 @@ logger = get_logger(__name__)
 def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", force: bool = False) -> None:
     """Write the adapter of a checkpoint for `PeftModel.from_pretrained(base, folder)`.
 
-    `base`: the base model's folder, written into the config if its layers have the names that the adapter is for,
-    those of `default_layout`. `force`: replace an earlier export. Raises UserError for a run without LoRA, and for a
-    model that no layout of transformers holds.
+    `base`: where the run started, a model's folder or that of an adapter on it. It is written into the config if its
+    layers have the names that the adapter is for, those of `default_layout`. `force`: replace an earlier export.
+    Raises UserError for a run without LoRA, and for a model that no layout of transformers holds.
     """
     config, folder = reader.config, Path(folder).expanduser()
     lora, model = config.lora, config.model
@@ -50,6 +51,8 @@ def export_adapter(reader: NativeReader, folder: str | Path, base: str = "", for
     kinds = {_kind(name) for name in modules}
     if kinds.isdisjoint(map(_kind, others)):  # else PEFT would put untrained adapters there as well
         modules = kinds
+    if base and is_adapter_folder(Storage(base)):
+        base = PeftAdapter(Storage(base)).base
     if not _has_layout(base, layout):
         logger.warning(
             f"base_model_name_or_path stays empty: {base or 'the base'} has other names of layers. Load the adapter on "

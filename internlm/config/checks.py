@@ -248,7 +248,8 @@ def checkpoints(config: Config) -> Problems:
         yield f'ckpt.load_ckpt_info.content = {load.content}: a Hugging Face folder holds a model alone; set ("model",)'
     if is_local(load.path):
         yield from _folder("ckpt.load_ckpt_info.path", load.path)
-        if load.ckpt_type == "hf" and Path(load.path).is_dir() and not Path(load.path, "config.json").exists():
+        files = [Path(load.path, name) for name in ("config.json", "adapter_config.json")]
+        if load.ckpt_type == "hf" and Path(load.path).is_dir() and not any(file.exists() for file in files):
             yield f"ckpt.load_ckpt_info.path = {load.path!r}: no config.json in it; name a Hugging Face folder"
 
 

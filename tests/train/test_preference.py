@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from internlm.checkpoint.hf import export_hf
 from internlm.checkpoint.native import NativeReader
+from internlm.checkpoint.peft import export_adapter
 from internlm.config.checks import find_problems
 from internlm.config.schema import Config
 from internlm.data.loader import build_train_loader, build_valid_loaders
@@ -236,7 +237,7 @@ def test_what_was_computed_once_is_kept(
 
 @pytest.mark.parametrize("reference", ["each_step", "once"])
 def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp_path: Path, reference: str) -> None:
-    """The base alone where adapters are new; the adapters as well where the start has some."""
+    """The base alone where adapters are new; the adapters as well where the start has some, ours or in PEFT's files."""
     sections: dict[str, Any] = {"lora": {"rank": 4}, "dpo": {"reference": reference}}
     first = run_ranks(1, train, config_of(folder, **sections), tmp_path / "first")[0]["losses"]
     assert first[0] == pytest.approx(0.693147, rel=1e-5) and first[-1] < first[0]
@@ -244,6 +245,12 @@ def test_the_reference_of_adapters_is_what_the_run_starts_from(folder: Path, tmp
     second = run_ranks(1, train, config_of(folder, **sections, ckpt=start), tmp_path / "second")[0]["losses"]
     assert second[0] == pytest.approx(0.693147, rel=1e-5)
     assert abs(second[1] - first[1]) > 1e-3  # had both lost the adapters, the two runs would be one
+    reader = NativeReader(folder / "base")
+    export_hf(reader.read, reader.config, tmp_path / "hf", dtype="float32")
+    export_adapter(NativeReader(tmp_path / "first"), tmp_path / "adapter", str(tmp_path / "hf"))
+    start = {"load_ckpt_info": {"path": str(tmp_path / "adapter"), "ckpt_type": "hf"}}
+    third = run_ranks(1, train, config_of(folder, **sections, ckpt=start), tmp_path / "third")[0]["losses"]
+    assert third == pytest.approx(second, rel=1e-5)
 
 
 REFUSALS: list[tuple[dict[str, Any], Told]] = [

@@ -224,7 +224,7 @@ def load_chat(
     max_waiting: int = 64,
     progress: Progress | None = None,
 ) -> ChatModel:
-    """A chat with the model of a native checkpoint or a Hugging Face folder.
+    """A chat with the model of a native checkpoint or a Hugging Face folder, or with an adapter on such a folder.
 
     `tokenizer` None: the folder's own, or the one that the run was trained with. `template` is a built-in name, a
     Jinja file or a Hugging Face folder; None: the folder's own, that of the run's data, or that of its model type.
@@ -256,7 +256,7 @@ def load_chat(
 def template_of_model(reader: HFReader | CheckpointReader, folder: str | Path) -> ChatTemplate:
     """The chat template of an opened folder, that of the run's data, or that of its model type. Raises UserError."""
     if isinstance(reader, HFReader):
-        return template_of(folder)
+        return template_of(reader.text_folder)
     if reader.config.data.type in ("chat", "preference"):
         return template_of_data(reader.config.data)
     name = _NATIVE_TEMPLATES.get(reader.config.model_type)
