@@ -26,6 +26,7 @@ from internlm.data.message import Message
 from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.model.transformer import Transformer
 from internlm.parallel.parallelize import whole_answers
+from internlm.parallel.sequence import uncut
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.metrics import Answer, StepReport
 
@@ -69,7 +70,12 @@ class _Exam:
     def result(self, report: StepReport) -> StepReport:
         """The report, with what the model says now."""
         self.model.eval()
-        with whole_answers(self.model, self.config, self.mesh), _logits_of_rank_0(self.model, self.mesh), _eager():
+        with (
+            whole_answers(self.model, self.config, self.mesh),
+            uncut(self.model, self.mesh),
+            _logits_of_rank_0(self.model, self.mesh),
+            _eager(),
+        ):
             answers, scores = self._answers(), self._scores()
         self.model.train()
         self.engine.wait()  # drops what was gathered

@@ -17,7 +17,9 @@ from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.init import initial_value
 from internlm.model.transformer import Transformer, build_model
+from internlm.parallel.expert import row_of_sequence
 from internlm.parallel.parallelize import parallelize
+from internlm.parallel.sequence import own_part
 from internlm.solver.hybrid_zero import HybridZero
 from internlm.train.preference import PreferenceLoss, answer_sums
 from internlm.train.state import TrainState
@@ -28,7 +30,8 @@ def build_objective(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> Pre
     if config.dpo is None:
         return None
     each_step = config.dpo.reference == "each_step"
-    return PreferenceLoss(config.dpo, partial(sums_of, *build_reference(config, mesh, lanes)) if each_step else None)
+    sums = partial(sums_of, *build_reference(config, mesh, lanes), mesh) if each_step else None
+    return PreferenceLoss(config.dpo, sums, row_of_sequence(mesh))
 
 
 def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> tuple[Transformer, HybridZero]:
@@ -50,8 +53,8 @@ def build_reference(config: Config, mesh: Mesh, lanes: tuple[Lane, Lane]) -> tup
 
 
 @torch.no_grad()
-def sums_of(model: Transformer, engine: HybridZero, row: Batch) -> Tensor:
+def sums_of(model: Transformer, engine: HybridZero, mesh: Mesh, row: Batch) -> Tensor:
     """-log p of the answers of a row, fp64 [2 * pairs]. Collective."""
-    losses = model.loss(row).token_losses
+    losses = model.loss(own_part(row, mesh).to(mesh.device)).token_losses
     engine.wait()  # drops what was gathered
-    return answer_sums(losses, row)
+    return answer_sums(row_of_sequence(mesh).gather(losses), row)

@@ -71,7 +71,7 @@ def give_reference(
         asked = build_reference(config, mesh, optimizer.lanes) if resumed else (model.eval(), optimizer)
         with whole_answers(asked[0], config, mesh):
             for name, numbers in missing.items():
-                _compute(partial(sums_of, *asked), sets[name], numbers, values[name], mesh)
+                _compute(partial(sums_of, *asked, mesh), sets[name], numbers, values[name], mesh)
         del asked
         gc.collect()  # a model and its engine refer to each other
         model.train()
@@ -98,7 +98,7 @@ def _compute(
         place = first + mesh.dp_rank
         number = numbers[min(place, len(numbers) - 1)]  # all ranks take part in each pass
         row = read_row(loader.rows, number)
-        computed = sums(row.to(mesh.device))
+        computed = sums(row)
         if place < len(numbers):
             samples = torch.from_numpy(loader.rows.samples_of(number))
             found[samples] = computed[: len(samples)].cpu()

@@ -189,9 +189,6 @@ def preference(config: Config) -> Problems:
         yield "dpo: loss.label_smoothing, z_loss and reduction do not apply to pairs; leave them out"
     if config.ckpt.load_ckpt_info is None:
         yield "dpo: the reference is the model of ckpt.load_ckpt_info, which is not set; set it"
-    sizes = {axis: size for axis, size in parallel.axis_sizes.items() if axis in ("ring", "ulysses")}
-    if set(sizes.values()) != {1}:
-        yield f"dpo: an answer's log-probability is summed on one rank, but parallel has {sizes}; set all to 1"
     if parallel.pipeline.size > 1 and config.dpo.reference == "each_step":
         yield (
             f'dpo.reference = "each_step" with parallel.pipeline.size = {parallel.pipeline.size}: the reference would '
@@ -201,18 +198,13 @@ def preference(config: Config) -> Problems:
 
 def evaluation(config: Config) -> Problems:
     """There is something to evaluate, and a tokenizer to read it."""
-    asked, sizes = config.evaluation, config.parallel.axis_sizes
+    asked = config.evaluation
     if (asked.every > 0) != bool(asked.prompts or asked.tasks):
         yield f"evaluation.every = {asked.every}: it goes with evaluation.prompts or tasks; give both or neither"
     if not asked.every:
         return
     if config.data.tokenizer_path is None:
         yield "evaluation: texts need data.tokenizer_path, which is not set; set it"
-    if asked.tasks and sizes["ring"] * sizes["ulysses"] > 1:
-        yield (
-            "evaluation.tasks where rows are cut between ranks (parallel.context, isp): a text is scored on one rank; "
-            "leave them out, and use tools/evaluate.py on checkpoints"
-        )
 
 
 def schedule(config: Config) -> Problems:

@@ -10,7 +10,8 @@ from internlm.ops.cross_entropy import LossOutput
 OnLoss = Callable[[LossOutput, Batch], None]
 # `Transformer.loss` of a row, or `head_loss` where the row's hidden states are there: all but the row is still to give.
 LossOf = Callable[..., LossOutput]
-# What is trained: (the loss of a row, the row, the weight of its summed loss) -> that loss.
+# What is trained: (the loss of a row, or of this rank's part of it; the whole row on the host; the weight of its summed
+# loss) -> that loss.
 Objective = Callable[[LossOf, Batch, float], LossOutput]
 
 

@@ -64,6 +64,11 @@ def row_part(mode: str, mesh: Mesh) -> RowPart:
     return CutRow(ring, groups, copies) if ring or groups else RowPart()
 
 
+def row_of_sequence(mesh: Mesh) -> RowPart:
+    """How the tokens that `sequence.own_part` gives a rank lie in the row."""
+    return CutRow(mesh.group("ring"), [mesh.group("ulysses")], None) if mesh.sequence_size > 1 else RowPart()
+
+
 class CutRow(RowPart):
     """A row between the ranks of a ring (zigzag.py), and each part of it in equal runs of tokens on the ranks of some
     groups, outermost first. Ranks of `copies` have the same tokens."""

@@ -105,7 +105,8 @@ class Pipeline:
         on_loss: OnLoss,
         objective: Objective,
     ) -> None:
-        run = _Run([own_part(row, self.mesh).to(self.mesh.device) for row in rows], weights, on_loss, objective)
+        parts = [own_part(row, self.mesh).to(self.mesh.device) for row in rows]
+        run = _Run(rows, parts, weights, on_loss, objective)
         for action in plan:
             with record_function(str(action)):
                 self._do(action, run)
@@ -136,7 +137,8 @@ class Pipeline:
         output = self.model.run_blocks(chunk.blocks, x, part)
         if chunk.last:
             weight = run.weights[action.micro_batch]
-            loss = run.objective(partial(self.model.head_loss, output, part), part, weight)
+            row = run.rows[action.micro_batch]
+            loss = run.objective(partial(self.model.head_loss, output, part), row, weight)
             run.on_loss(loss, part)
             output = loss.loss_sum * weight
         else:
@@ -237,7 +239,8 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 class _Run:
     """A pass of some rows through the pipeline."""
 
-    parts: list[Batch]
+    rows: Sequence[Batch]
+    parts: list[Batch]  # of the rows, this rank's, on the device
     weights: Sequence[float]
     on_loss: OnLoss
     objective: Objective

@@ -43,14 +43,14 @@ class Accumulation:
         self.engine.begin_step(len(rows))
         for row, weight in zip(rows, weights, strict=True):
             part = own_part(row, self.mesh).to(self.mesh.device)
-            output = self.objective(partial(self.model.loss, part), part, weight)
+            output = self.objective(partial(self.model.loss, part), row, weight)
             on_loss(output, part)
             (output.loss_sum * weight).backward()
             self.engine.end_backward()
 
     def evaluate(self, row: Batch, on_loss: OnLoss) -> None:
         part = own_part(row, self.mesh).to(self.mesh.device)
-        on_loss(self.measure(partial(self.model.loss, part), part, 1.0), part)
+        on_loss(self.measure(partial(self.model.loss, part), row, 1.0), part)
 
     def eval_mode(self, on: bool) -> None:
         self.model.train(not on)

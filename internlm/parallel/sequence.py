@@ -15,7 +15,10 @@ parameters, which are Hybrid ZeRO's `parallel.weight` here.
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 
 import torch
@@ -62,9 +65,26 @@ def cut_sequences(model: Transformer, mesh: Mesh) -> None:
         return
     all_reduce_(torch.zeros(1, device=mesh.device), mesh.group("ring"))  # NCCL: all ranks in a group's first transfer
     attend = SequenceAttention(mesh.group("ulysses"), mesh.group("ring"), model.config.attn_backend)
-    for module in model.layers.modules():
-        if isinstance(module, Attention):
+    for module in _attentions(model):
+        module.attend = attend
+
+
+@contextmanager
+def uncut(model: Transformer, mesh: Mesh) -> Iterator[None]:
+    """Inside the `with`, every rank computes whole rows."""
+    modules = _attentions(model) if mesh.sequence_size > 1 else []
+    cut = [module.attend for module in modules]
+    for module in modules:
+        module.attend = partial(attention, backend=model.config.attn_backend)
+    try:
+        yield
+    finally:
+        for module, attend in zip(modules, cut, strict=True):
             module.attend = attend
+
+
+def _attentions(model: Transformer) -> list[Attention]:
+    return [module for module in model.layers.modules() if isinstance(module, Attention)]
 
 
 # From documents of so many tokens on, heads go to their ranks in two parts, each exchanged while attention of the other

@@ -10,7 +10,7 @@ from internlm.model.batch import IGNORE_INDEX, Batch
 from internlm.ops.cross_entropy import LossOutput
 from internlm.parallel.schedule import Schedule
 from internlm.train.metrics import ValidReport, perplexity, sum_over_tokens_
-from internlm.train.preference import margin_sum
+from internlm.train.preference import margin_sum, pair_places
 from internlm.utils.logger import common_warning, get_logger
 
 logger = get_logger(__name__)
@@ -28,7 +28,8 @@ def evaluate(schedule: Schedule, loader: ValidLoader, mesh: Mesh) -> ValidReport
         losses = output.token_losses.double()
         correct = (output.correct & (part.labels != IGNORE_INDEX)).sum()
         margin = margin_sum(output) if loader.of_pairs else losses.new_zeros(())
-        sums.add_(torch.stack((losses.sum(), correct, margin, losses.new_tensor(part.num_trained))))
+        count = pair_places(output).sum() if loader.of_pairs else losses.new_tensor(part.num_trained)
+        sums.add_(torch.stack((losses.sum(), correct, margin, count)))
 
     schedule.eval_mode(True)
     for row in loader:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from internlm.config.schema import DpoConfig
 from internlm.model.batch import IGNORE_INDEX, Batch
+from internlm.model.moe import RowPart
 from internlm.ops.cross_entropy import LossOutput
 from internlm.parallel.contract import LossOf
 
@@ -26,10 +27,13 @@ _SMALLEST = 2.0**-149  # of fp32
 
 
 class PreferenceLoss:
-    """The objective of a step's rows; `reference`: `answer_sums` under the reference, None if rows bring them."""
+    """The objective of a step's rows; `reference`: `answer_sums` under the reference, None if rows bring them.
 
-    def __init__(self, config: DpoConfig, reference: AnswerSums | None) -> None:
-        self.beta, self.reference = config.beta, reference
+    `part`: how the tokens of this rank lie in a row. Token losses are gathered, so that each rank finds the same.
+    """
+
+    def __init__(self, config: DpoConfig, reference: AnswerSums | None, part: RowPart) -> None:
+        self.beta, self.reference, self.part = config.beta, reference, part
 
     def __call__(self, loss_of: LossOf, row: Batch, upstream: float) -> LossOutput:
         """Sum over the pairs of a row, of which `row.num_trained` counts the pairs.
@@ -39,22 +43,26 @@ class PreferenceLoss:
         """
         reference = row.reference if self.reference is None else self.reference(row)
         assert reference is not None, "checkpoint.reference gives each row its sums"
-        trained, segment = row.labels != IGNORE_INDEX, _segment_of(row)
         pairs = _num_pairs(row)
         reference = F.pad(reference, (0, 2 * pairs - len(reference)))
         kept: list[Tensor] = []
 
         def derivative(losses: Tensor) -> Tensor:
-            """d loss / d token loss, [tokens]."""
-            sums = reference - answer_sums(losses, row)  # log p / p_reference
+            """d loss / d token loss, [tokens here]."""
+            sums = reference.to(losses.device) - answer_sums(self.part.gather(losses), row)  # log p / p_reference
             margin = (self.beta * (sums[0::2] - sums[1::2])).to(losses.dtype)
             kept.append(margin)
             slope = self.beta * torch.sigmoid(-margin)
-            return torch.stack((slope, -slope), dim=1).flatten()[segment]
+            return self.part.own(torch.stack((slope, -slope), dim=1).flatten()[_segment_of(row, losses.device)])
 
         surrogate = loss_of(upstream=upstream, weigh=derivative).loss_sum
         margin = kept[0]
+        segment, trained = (
+            _segment_of(row, margin.device),
+            row.labels.to(margin.device, non_blocking=True) != IGNORE_INDEX,
+        )
         first = trained & (_trained_before(trained, segment, 2 * pairs) == 0) & (segment % 2 == 0)
+        first, segment = self.part.own(first), self.part.own(segment)
         token_losses = torch.where(first, F.softplus(-margin)[segment // 2], 0.0)
         # the surrogate has the gradient, the pairs' losses the value
         loss_sum = surrogate - surrogate.detach() + token_losses.sum()
@@ -62,9 +70,9 @@ class PreferenceLoss:
 
 
 def answer_sums(losses: Tensor, row: Batch) -> Tensor:
-    """The sums of a row's token losses over each answer, then zeros for the padding, fp64 [2 * pairs]."""
+    """The sums of a whole row's token losses over each answer, then zeros for the padding, fp64 [2 * pairs]."""
     sums = losses.new_zeros(2 * _num_pairs(row), dtype=torch.float64)
-    return sums.index_add_(0, _segment_of(row), losses.double())
+    return sums.index_add_(0, _segment_of(row, losses.device), losses.double())
 
 
 def margin_sum(output: LossOutput) -> Tensor:
@@ -73,9 +81,14 @@ def margin_sum(output: LossOutput) -> Tensor:
     A loss is -log of the probability that is the sigmoid of the margin. In fp32 it is 0 from a margin of 104 on, which
     counts as 103 then.
     """
-    pairs = (output.token_losses > 0) | output.correct  # the places without a pair have neither
-    losses = output.token_losses[pairs].double().clamp_min(_SMALLEST)
+    losses = output.token_losses[pair_places(output)].double().clamp_min(_SMALLEST)
     return (-losses - torch.log(-torch.expm1(-losses))).sum()
+
+
+def pair_places(output: LossOutput) -> Tensor:
+    """Where the pairs of this rank's part of a row stand, bool [tokens here]; other places have neither loss nor
+    success."""
+    return (output.token_losses > 0) | output.correct
 
 
 def _num_pairs(row: Batch) -> int:
@@ -83,9 +96,10 @@ def _num_pairs(row: Batch) -> int:
     return (len(row.segments.lengths) + 1) // 2
 
 
-def _segment_of(row: Batch) -> Tensor:
+def _segment_of(row: Batch, device: torch.device) -> Tensor:
     """The segment of each token, int64 [tokens]."""
-    return torch.repeat_interleave(row.segments.cu_seqlens.diff().long(), output_size=len(row.tokens))
+    lengths = row.segments.cu_seqlens.to(device, non_blocking=True).diff().long()
+    return torch.repeat_interleave(lengths, output_size=len(row.tokens))
 
 
 def _trained_before(trained: Tensor, segment: Tensor, count: int) -> Tensor:

@@ -122,7 +122,10 @@ def train_under_torchrun(rank: int, world_size: int, config: Config, folder: Pat
         return train(rank, world_size, config, folder)
 
 
-def test_tasks_are_scored_as_on_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("axis", [{"pipeline": {"size": 2}}, {"context": {"ring": 2}}])
+def test_tasks_are_scored_as_on_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], axis: dict[str, Any]
+) -> None:
     rows = [{"q": f"{n} and", "right": n % 2, "choices": ["zero", "one"]} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(
@@ -131,7 +134,7 @@ def test_tasks_are_scored_as_on_the_checkpoint(tmp_path: Path, capsys: pytest.Ca
         'doc_to_text: "{{q}}"\ndoc_to_target: right\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n'
     )
     asked = {"every": STEPS, "prompts": (), "tasks": ("mine",), "include_path": str(tmp_path)}
-    config = config_of((2, 2, 2), 2, evaluation=asked, parallel={"pipeline": {"size": 2}})
+    config = config_of((2, 2, 2), 2, evaluation=asked, parallel=axis)
     seen = run_ranks(4, train_under_torchrun, config, tmp_path / "run")
     command = [str(tmp_path / "run"), "--tasks", "mine", "--include_path", str(tmp_path), "--device", "cpu"]
     assert evaluate.main([*command, "--output", str(tmp_path / "scores.json")]) == 0
@@ -160,7 +163,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {"every": 0}}, "evaluation.every = 0: it goes with"),
     ({"evaluation": {"prompts": ()}}, "evaluation.every = 2: it goes with"),
     ({"data": {"tokenizer_path": None}}, "texts need data.tokenizer_path"),
-    ({"parallel": {"context": {"ring": 2}}, "evaluation": {"tasks": ("x",)}}, "evaluation.tasks where rows are cut"),
 ]
 
 
