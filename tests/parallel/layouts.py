@@ -62,7 +62,62 @@ EXPERTS: dict[str, Layout] = {
 }
 LAYOUTS = {**DENSE, **EXPERTS}
 
-# Twelve of three and four axes of eight ranks. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
+# Every axis alone, on two and on four ranks.
+CHUNKS_OF = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
+
+
+def alone(ranks: int) -> dict[str, Layout]:
+    return {
+        f"ddp-{ranks}": Layout(ranks, zero(1, 1, 1)),
+        f"zero1-{ranks}": Layout(ranks, zero(1, 1, ranks)),
+        f"zero2-{ranks}": Layout(ranks, zero(1, ranks, ranks)),
+        f"zero3-{ranks}": Layout(ranks, zero(ranks, ranks, ranks)),
+        **{f"{mode}-{ranks}": Layout(ranks, tensor(ranks, mode)) for mode in ("mtp", "msp", "fsp", "isp")},
+        f"ulysses-{ranks}": Layout(ranks, context(ulysses=ranks)),
+        f"ring-{ranks}": Layout(ranks, context(ring=ranks)),
+        **{
+            f"{schedule}-{ranks}": Layout(
+                ranks,
+                pipeline(ranks, schedule),
+                {"model": {"num_layers": chunks * ranks, "num_chunks": chunks if schedule == "interleaved" else 1}},
+            )
+            for schedule, chunks in CHUNKS_OF.items()
+        },
+        f"experts-{ranks}": Layout(ranks, experts(ranks), MOE),
+    }
+
+
+ALONE: dict[str, Layout] = {
+    **alone(2),
+    **alone(4),
+    "hsdp-4": Layout(4, zero(2, 2, 2)),
+    "hfsdp-4": Layout(4, zero(2, 2, 4)),
+    "gradients of two, states of four": Layout(4, zero(1, 2, 4)),
+}
+
+# All pairs of axes. Letters: P pipeline, D data, R ring, U Ulysses, T tensor, E experts.
+MOE_FOUR: dict[str, Any] = {**MOE, "model": {**MOE["model"], **FOUR["model"]}}
+PAIRS: dict[str, Layout] = {
+    "P-D interleaved zero1": Layout(
+        4, {**pipeline(2, "interleaved"), **zero(1, 1, 2)}, {"model": {**FOUR["model"], **CHUNKS["model"]}}
+    ),
+    "P-R dualpipev": Layout(4, {**pipeline(2, "dualpipev"), **context(ring=2)}, FOUR),
+    "P-U zbv zero3": Layout(4, {**pipeline(2, "zbv"), **context(ulysses=2), **zero(2, 2, 2)}, FOUR),
+    "P-T 1f1b fsp": Layout(4, {**pipeline(2), **tensor(2, "fsp")}, FOUR),
+    "P-E dualpipev": Layout(4, {**pipeline(2, "dualpipev"), **experts(2)}, MOE_FOUR),
+    "D-R zero3": Layout(4, {**context(ring=2), **zero(4, 4, 4)}),
+    "D-U ddp": Layout(4, {**context(ulysses=2), **zero(1, 1, 1)}),
+    "D-T msp zero2": Layout(4, {**tensor(2, "msp"), **zero(1, 2, 2)}),
+    "D-E zero2": Layout(4, {**experts(2), **zero(1, 4, 4)}, MOE),
+    "R-U states of four": Layout(4, {**context(2, 2), **zero(1, 2, 4)}),
+    "R-T fsp": Layout(4, {**context(ring=2), **tensor(2, "fsp")}),
+    "R-E": Layout(2, {**context(ring=2), **experts(2)}, MOE),
+    "U-T mtp zero3": Layout(4, {**context(ulysses=2), **tensor(2), **zero(2, 2, 2)}),
+    "U-E": Layout(2, {**context(ulysses=2), **experts(2)}, MOE),
+    "T-E fsp": Layout(2, {**tensor(2, "fsp"), **experts(2)}, MOE),
+}
+
+# Twelve of three and four axes of eight ranks.
 DENSE_TOGETHER: dict[str, Layout] = {
     "P-D-T interleaved fsp zero3": Layout(
         8, {**pipeline(2, "interleaved"), **tensor(2, "fsp"), **zero(2, 2, 2)}, CHUNKS

@@ -1,18 +1,46 @@
-"""Every parallel axis, alone and together, trains as one rank does."""
+"""Every parallel axis, alone on two and four ranks and with every other one, trains as one rank does."""
 
-from typing import Any
+from itertools import combinations
+from math import prod
 
 import pytest
 
+from internlm.config.schema import ParallelConfig
+from tests.parallel.layouts import ALONE, DENSE_TOGETHER, MOE_TOGETHER, PAIRS, Layout
 from tests.parallel.oracle import compare
 
-ZERO: list[tuple[int, dict[str, Any]]] = [
-    (2, {"zero1": {"size": 1}}),
-    (4, {"zero1": {"size": 4}, "gradient": {"size": 2}}),
-    (2, {"weight": {"size": 2}, "gradient": {"size": 2}, "zero1": {"size": 2}}),
-]
+LETTERS = {"pipeline": "P", "ring": "R", "ulysses": "U", "tensor": "T"}
+MATRIX = {**ALONE, **PAIRS}
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), ZERO)
-def test_data_ranks(world_size: int, parallel: dict[str, Any]) -> None:
-    compare(world_size, parallel)
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "recomputed"])
+def test_trains_as_one_rank(name: str, checkpoint: bool) -> None:
+    layout = MATRIX[name]
+    model = {**layout.sections.get("model", {}), "checkpoint": checkpoint}
+    compare(layout.ranks, layout.parallel, **{**layout.sections, "model": model})
+
+
+def axes_of(layout: Layout) -> str:
+    """Letters of the axes of more than one rank, in the order of layouts.py."""
+    parallel = ParallelConfig.model_validate(layout.parallel)
+    sizes = parallel.axis_sizes
+    data, experts = layout.ranks > prod(sizes.values()), parallel.expert.size > 1
+    wide = {letter for axis, letter in LETTERS.items() if sizes[axis] > 1}
+    return "".join(letter for letter in "PDRUTE" if letter in wide or letter == "D" * data or letter == "E" * experts)
+
+
+def test_the_matrix_is_whole() -> None:
+    """Each axis alone on two and four ranks, all pairs, and twelve of three and more on eight."""
+    alone = {(axes_of(layout), layout.ranks) for layout in ALONE.values()}
+    # an axis of experts lies across the others; alone it has data ranks
+    assert alone == {(axes, ranks) for axes in ("P", "D", "R", "U", "T", "DE") for ranks in (2, 4)}
+    found = [axes_of(layout) for layout in PAIRS.values()]
+    for a, b in combinations("PDRUTE", 2):
+        assert any(a in axes and b in axes for axes in found), (a, b)
+    together = {**DENSE_TOGETHER, **MOE_TOGETHER}
+    assert len(together) >= 12
+    for name, layout in {**PAIRS, **together}.items():
+        letters = name.split()[0].replace("-", "")
+        assert set(letters) <= set(axes_of(layout)), name
+    assert all(layout.ranks == 8 and len(axes_of(layout)) > 2 for layout in together.values())

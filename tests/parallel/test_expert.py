@@ -34,7 +34,7 @@ def agree(ranks: int, parallel: dict[str, Any], model: dict[str, Any], **section
     compare(ranks, parallel, model=model, loss=LOSSES, **sections)
 
 
-@pytest.mark.parametrize("model", [DROPLESS, CAPACITY, SHARED], ids=["dropless", "capacity", "shared"])
+@pytest.mark.parametrize("model", [CAPACITY, SHARED], ids=["capacity", "shared"])
 def test_two_ranks(model: dict[str, Any]) -> None:
     agree(2, {"expert": {"size": 2}}, model)
 

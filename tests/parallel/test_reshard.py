@@ -39,10 +39,10 @@ def in_16_bits(dtype: str, *names: str) -> dict[str, Layout]:
     return found
 
 
-def circle(names: Collection[str]) -> list[tuple[str, str]]:
-    """Each with the next one."""
+def circle(names: Collection[str], step: int = 1) -> list[tuple[str, str]]:
+    """Each with the one `step` places on."""
     order = list(names)
-    return list(zip(order, [*order[1:], order[0]], strict=True))
+    return list(zip(order, [*order[step:], *order[:step]], strict=True))
 
 
 BF16 = in_16_bits("bfloat16", "zbv-ddp", "fsp2-zero3")
@@ -50,7 +50,8 @@ FP16 = in_16_bits("float16", "dualpipev-msp2", "ring2-ulysses2")
 BF16_EXPERTS = in_16_bits("bfloat16", "moe-ep2-zero3", "moe-ep2-pp2")
 SIXTEEN = {**BF16, **FP16, **BF16_EXPERTS}
 ALL = {**LAYOUTS, **SIXTEEN}
-PAIRS = [pair for some in (DENSE, EXPERTS, BF16, FP16, BF16_EXPERTS) for pair in circle(some)]
+FP32 = [*circle(DENSE), *circle(DENSE, 3), *circle(EXPERTS)]
+PAIRS = [*FP32, *(pair for some in (BF16, FP16, BF16_EXPERTS) for pair in circle(some))]
 
 Boxes = dict[tuple[str, str], list[tuple[Box, Tensor]]]  # (name, kind) -> parts of a global tensor
 

@@ -21,7 +21,7 @@ TIED = {"model": {"tie_word_embeddings": True, "embed_grad_scale": 0.1, "residua
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sections", [{}, QK_NORM, TIED], ids=["plain", "qk_norm", "tied"])
+@pytest.mark.parametrize("sections", [QK_NORM, TIED], ids=["qk_norm", "tied"])
 def test_two_ranks(mode: str, sections: dict[str, Any]) -> None:
     compare(2, {"tensor": {"size": 2, "mode": mode}}, **sections)
 
