@@ -1,8 +1,8 @@
 """Code that a model wrote, run in a child process with limits on time, memory, processes and output.
 
 Limits, not a jail: the child is a process of this user without its environment variables, in an empty folder that is
-removed afterwards; it can read this user's files and reach the network. Where that matters, run the whole program in
-a container. So nothing here happens unless a user asks for it.
+removed afterwards; it can read this user's files, reach the network, and see the variables of other processes (/proc).
+Where that matters, run the whole program in a container. So nothing here happens unless a user asks for it.
 
 Between this program and the code stands a supervisor. On Linux it adopts whatever the code leaves behind
 (PR_SET_CHILD_SUBREAPER), in sessions of its own too, and ends it with the code. Code that is out to harm can end the
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT_LIMIT = 64 * 1024  # bytes of stdout and of stderr, each
-PROCESSES = 64  # processes and threads beside those that the user has
+ERROR_LIMIT = 500  # characters of an error
+PROCESSES = 64  # processes and threads beside those that the user has; root may have as many as it likes
 PATIENCE = 5  # seconds that the supervisor may take to end everything
 
 # Runs in the child. Its fork sets limits that can't be lifted again and becomes the code as the main program; the child
@@ -27,6 +28,8 @@ PATIENCE = 5  # seconds that the supervisor may take to end everything
 _START = """
 import ctypes, os, resource, signal, sys, time
 seconds, memory, output, processes, patience = map(int, sys.argv[1:6])
+LOOK = 0.2  # seconds between looks at the memory of all processes together
+OUT_OF_MEMORY = -1  # no process ends like this
 code = sys.stdin.read()
 
 def limit(what, value, more=0):
@@ -43,34 +46,47 @@ def tasks_of_user():
             pass
     return count
 
-def children():
-    found = []
+def family():
+    parents = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat") as file:
-                parent = file.read().rpartition(")")[2].split()[1]
+                parents[int(pid)] = int(file.read().rpartition(")")[2].split()[1])
         except OSError:
-            continue
-        if int(parent) == os.getpid():
-            found.append(int(pid))
+            pass
+    found, last = [], {os.getpid()}
+    while last := {pid for pid, parent in parents.items() if parent in last}:
+        found += last
     return found
+
+def held_by(pid):
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith(("Pss:", "SwapPss:")))
+    except OSError:
+        return 0
 
 def wait(main):
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        told = signal.sigtimedwait(WATCHED, left)
+        told = signal.sigtimedwait(WATCHED, min(left, LOOK))
         if told and told.si_signo == signal.SIGTERM:
             return signal.SIGTERM
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == main:
                 return ended[1]
+        if on_linux and sum(map(held_by, family())) > memory:
+            return OUT_OF_MEMORY
     return signal.SIGXCPU
 
 def end_all():
     end = time.monotonic() + patience
-    while time.monotonic() < end:  # who loses its parent by this becomes a child
-        for pid in children():
-            os.kill(pid, signal.SIGKILL)
+    while time.monotonic() < end:  # some may just be starting others
+        for pid in family():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
@@ -87,6 +103,8 @@ if main:
     status = wait(main)
     if on_linux:
         end_all()
+    if status == OUT_OF_MEMORY:
+        sys.exit("\\nMemoryError: of all processes together")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
     if os.WIFSIGNALED(status):
         signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
@@ -114,7 +132,8 @@ class Result:
 def run_python(code: str, seconds: int = 10, memory_mb: int = 512) -> Result:
     """Run `code` with at most `seconds` of time (and of processor) and `memory_mb` of address space.
 
-    Processes that it started are ended with it. Output beyond 64 KB is an error in the code.
+    On Linux, `memory_mb` is also a limit on what all its processes hold together. They are ended with it. Output
+    beyond 64 KB is an error in the code.
     """
     with tempfile.TemporaryDirectory(prefix="internlm-code-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
@@ -158,4 +177,4 @@ def _error(returncode: int, late: bool, stderr: str, seconds: int) -> str | None
     if returncode == 0:
         return None
     lines = stderr.strip().splitlines()
-    return lines[-1] if lines else f"ended with code {returncode}"
+    return lines[-1][:ERROR_LIMIT] if lines else f"ended with code {returncode}"

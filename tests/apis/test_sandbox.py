@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from internlm.apis.chat import ChatModel
-from internlm.apis.sandbox import PROCESSES, run_python
+from internlm.apis.sandbox import ERROR_LIMIT, PROCESSES, run_python
 from tools import pal_inference
 from tools.pal_inference import EXAMPLES, main, program_of, prompt_of, questions_of, solve
 
@@ -91,8 +92,35 @@ def test_memory_and_output_are_limited() -> None:
     assert run_python("x = bytearray(100 << 20)", memory_mb=200).error is None
     flood = run_python("print('x' * (1 << 20))")
     assert flood.error is not None and len(flood.output) <= 64 * 1024
+    assert len(run_python("import sys; sys.exit('x' * 60_000)").error or "") == ERROR_LIMIT
     lifted = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40)); x = bytearray(300 << 20)"
     assert os.geteuid() == 0 or run_python(lifted, memory_mb=200).error is not None
+
+
+HUNGRY = """
+import os, time
+for _ in range({processes}):
+    if os.fork() == 0:
+        os.setsid()
+        held = b"1" * (60 << 20)
+        time.sleep(60)
+shared = b"1" * (60 << 20)
+for _ in range(4):
+    if os.fork() == 0:
+        time.sleep({seconds})
+        os._exit(0)
+for _ in range(4):
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("processes", "seconds", "error"), [(4, 60, "MemoryError"), (1, 1, None)])
+def test_memory_of_all_processes_is_limited(processes: int, seconds: int, error: str | None) -> None:
+    """Five may share one block of memory, and each may not have one."""
+    code = HUNGRY.format(processes=processes, seconds=seconds)
+    found = run_python(code, seconds=50, memory_mb=200).error
+    assert found == error if error is None else found is not None and error in found
 
 
 def test_variables_and_folder_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
