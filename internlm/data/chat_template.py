@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
@@ -77,18 +78,22 @@ class ChatTemplate:
 
         `tools` are functions in the OpenAI form. `control` finds the texts of control tokens: what it finds in
         `tools`, in names, and in a turn that is not the assistant's is literal. So is what `control_in_answers` finds
-        in the assistant's turns and calls. Raises UserError for turns that the template refuses.
+        in the assistant's turns and calls. Raises UserError for turns that the template refuses, and for tools that it
+        leaves out.
         """
+        said = {"add_generation_prompt": add_generation_prompt, **self.tokens}
         try:
-            turns = [_turn(message, control, control_in_answers) for message in messages]
-            said = {"messages": turns, "tools": _guarded(tools, control), **self.tokens}
-            marked = _compiled(self.source, self.name).render(said, add_generation_prompt=add_generation_prompt)
+            said["messages"] = [_turn(message, control, control_in_answers) for message in messages]
+            marked = self._render(said | {"tools": _guarded(tools, control)})
         except RecursionError as error:
             raise UserError(
                 f"chat template {self.name} calls itself, or a turn or tool is nested too deeply"
             ) from error
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
-            raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
+        if tools and marked == self._render_or_none(said | {"tools": None}):
+            raise UserError(
+                f'chat template {self.name} writes no tools, so the model would not see those in "tools": leave them '
+                "out, or take a template that writes them (internlm2 and qwen2 do)"
+            )
         text, borders, literal = "", [], []
         for part in re.split(f"({_MARK}|{_GUARD})", marked):
             if part == _MARK:
@@ -98,6 +103,17 @@ class ChatTemplate:
             else:
                 text += part
         return Written(text, list(zip(borders[::2], borders[1::2], strict=False)), literal)
+
+    def _render(self, said: Mapping[str, Any]) -> str:
+        try:
+            return _compiled(self.source, self.name).render(said)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
+            raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
+
+    def _render_or_none(self, said: Mapping[str, Any]) -> str | None:
+        with suppress(UserError):
+            return self._render(said)
+        return None
 
     def turn_marks(self, control: "re.Pattern[str]") -> "re.Pattern[str]":
         """Finds the control tokens that begin and end turns: those that the template itself writes, and `stop`."""
@@ -264,10 +280,9 @@ def with_marks(template: ChatTemplate) -> ChatTemplate:
 def _text_or_none(
     template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
 ) -> str | None:
-    try:
+    with suppress(UserError):
         return template.render(messages, tools=tools or None)
-    except UserError:
-        return None
+    return None
 
 
 def _own_source(folder: Path, settings: Mapping[str, Any]) -> str | None:

@@ -62,6 +62,17 @@ def parse_line(line: str) -> Mapping[str, Any]:
 
 def record_of(value: Mapping[str, Any]) -> Record:
     """What to learn from one object. Raises UserError for an unknown shape or a broken one."""
+    return _seen(_record_of(value), value)
+
+
+def _seen(record: Record, value: Mapping[str, Any]) -> Record:
+    """Raises UserError if the object has tools, and the record is a text, in which no template writes them."""
+    if isinstance(record, PlainText) and value.get("tools"):
+        raise UserError('"tools" beside a text, which no chat template writes: leave them out, or give messages.')
+    return record
+
+
+def _record_of(value: Mapping[str, Any]) -> Record:
     if value.get("messages") is not None:
         return _conversation(value["messages"], value)
     if value.get("conversations") is not None:
@@ -97,7 +108,7 @@ def pair_of(value: Mapping[str, Any]) -> tuple[Record, Record]:
         )
     if better == worse:
         raise UserError('"chosen" and "rejected" are the same, so nothing can be learnt from them.')
-    return better, worse
+    return _seen(better, value), worse
 
 
 def _joined(prompt: Any, answer: Any, value: Mapping[str, Any], key: str) -> Record:

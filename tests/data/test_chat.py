@@ -307,6 +307,9 @@ def write_lines(path: Path, *values: Any) -> Path:
         ({"text": "a\ud800b"}, "half a character"),
         ('{"text": ' + "[" * 99999 + "\n", "broken JSON"),
         ({"messages": [{"role": "user", "content": "hi " * 99}, TALK["messages"][1]]}, "more than data.seq_len = 64"),
+        ({**TALK, "tools": [{"name": "f"}]}, "chat template chatml writes no tools, so the model would not see those"),
+        ({"instruction": "a", "output": "b", "tools": '[{"name": "f"}]'}, "chat template chatml writes no tools"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, '"tools" beside a text'),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: Any, reason: str) -> None:

@@ -111,6 +111,23 @@ def test_internlm2_tools_as_published() -> None:
     )
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_tools_are_written_or_refused(name: str) -> None:
+    """Also by a template that names them, and leaves them out in this conversation."""
+    talk = [Message("user", "a"), Message("assistant", "b")]
+    if "tools" in BUILT_IN[name].source:
+        assert TOOLS[0]["function"]["name"] in BUILT_IN[name].render(talk, tools=TOOLS)
+    else:
+        with pytest.raises(UserError, match=r"writes no tools.*internlm2 and qwen2 do"):
+            BUILT_IN[name].render(talk, tools=TOOLS)
+    assert BUILT_IN[name].render(talk, tools=[]) == BUILT_IN[name].render(talk)
+    late = ChatTemplate("late", "{% if tools and messages|length > 2 %}{{ tools }}{% endif %}{{ messages[0].content }}")
+    with pytest.raises(UserError, match="chat template late writes no tools"):
+        late.render(talk, tools=TOOLS)
+    only = ChatTemplate("only", "{% if not tools %}{{ raise_exception('tools?') }}{% endif %}{{ messages[0].content }}")
+    assert only.render(talk, tools=TOOLS) == "a"
+
+
 def test_qwen2_tools_as_published() -> None:
     text = BUILT_IN["qwen2"].render(TOOL_TALK, tools=TOOLS, add_generation_prompt=True)
     head, talk = text.split("<|im_end|>\n", 1)
