@@ -30,6 +30,7 @@ from internlm.utils.logger import get_logger
 CHAT_SUFFIXES = (".jsonl", ".json", *TABLE_SUFFIXES)
 
 _EMPTY = "empty"  # counts samples that are left out
+_SHARED = "shared"  # counts prompts that end inside a token
 
 logger = get_logger(__name__)
 
@@ -66,8 +67,11 @@ class ChatEncoder:
                 'that writes the same, or train on everything with data.train_on = "all".'
             )
 
-    def encode(self, record: Record) -> Int64s:
-        """The ids of a record, complemented where they are not trained on. Raises UserError if none is."""
+    def encode(self, record: Record, counts: Counter[str] | None = None) -> Int64s:
+        """The ids of a record, complemented where they are not trained on. Raises UserError if none is.
+
+        A token that belongs to a text's prompt as well as to its completion is trained on, and counted.
+        """
         text, spans, literal = self._plain(record) if isinstance(record, PlainText) else self._conversation(record)
         try:
             text.encode()
@@ -75,6 +79,9 @@ class ChatEncoder:
             raise UserError(f"half a character (a lone surrogate), {error.object[error.start]!r}: {error}.") from error
         encoding = self.tokenizer.locate(text, literal)
         trained = encoding.inside(spans)
+        if isinstance(record, PlainText) and counts is not None:
+            start = spans[0][0]
+            counts[_SHARED] += int(((encoding.starts < start) & (encoding.ends > start)).any())
         if not trained[1:].any():  # the first id is no target: nothing predicts it
             raise UserError("no token to train on in this sample: it has no (chosen) assistant turn, or an empty one.")
         return np.where(trained, encoding.ids, ~encoding.ids)
@@ -231,6 +238,11 @@ def encode_chats(path: Path, recipe: ChatRecipe, num_workers: int) -> Iterator[E
         logger.warning(
             f"{path}: {left_out} samples are left out: their answers are empty, and would teach to say nothing"
         )
+    if shared := counts.pop(_SHARED, 0):
+        logger.warning(
+            f"{path}: {shared} prompts end inside a token, which is trained on as a whole. A model that is given the "
+            "prompt alone sees other tokens there: end prompts between two words, with the blank in the completion"
+        )
     if counts:
         logger.info(f"{path}: {', '.join(f'{name}: {count}' for name, count in counts.items())} (data.long_samples)")
 
@@ -258,7 +270,7 @@ def _task_encoder(recipe: ChatRecipe) -> Callable[[Task], Encoded]:
             try:
                 value = parse_line(line)
                 records = pair_of(value) if recipe.pairs else (record_of(value),)
-                fitted = [encoder.fitted(encoder.encode(record), counts) for record in records]
+                fitted = [encoder.fitted(encoder.encode(record, counts), counts) for record in records]
             except NothingToLearnError as error:
                 if recipe.pairs:
                     raise UserError(f"{task.path}, {place_in(task, number)}: {error}") from error

@@ -329,6 +329,26 @@ def test_samples_with_nothing_to_learn_are_left_out(tmp_path: Path, caplog: pyte
     assert len(file) == 2 and "a.jsonl: 3 samples are left out: their answers are empty" in caplog.text
 
 
+def test_a_token_of_prompt_and_completion_is_trained_on_as_by_trl(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL trains from where the ids of the prompt alone, and with its completion, differ."""
+    common_prefix_length = pytest.importorskip("trl.data_utils").common_prefix_length
+    tokenizer = open_tokenizer(DEMO)
+    texts = [("What is", " it? The data"), ("What is ", "it? The data"), ("What is it? The da", "ta"), ("What is", "")]
+    shared = []
+    for prompt, completion in texts[:3]:
+        ids = encoder().encode(record_of({"prompt": prompt, "completion": completion}))
+        alone, joined = (tokenizer.encode(f"<s>{text}") for text in (prompt, f"{prompt}{completion}</s>"))
+        assert np.where(ids >= 0, ids, ~ids).tolist() == joined
+        assert (ids >= 0).tolist() == [i >= common_prefix_length(alone, joined) for i in range(len(joined))]
+        shared.append(common_prefix_length(alone, joined) < len(alone))
+    assert shared == [False, True, True]
+    write_lines(tmp_path / "a.jsonl", *({"prompt": prompt, "completion": said} for prompt, said in texts))
+    open_train(chat_config(tmp_path).data, 1024)
+    assert "a.jsonl: 2 prompts end inside a token, which is trained on as a whole" in caplog.text
+
+
 def test_tokenizer_and_template_must_fit(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", TALK)
     with pytest.raises(UserError, match=r"has 1024 ids, but model.vocab_size = 512"):
