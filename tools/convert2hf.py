@@ -24,7 +24,8 @@ from internlm.config.presets import PRESETS
 from internlm.config.rope_section import RopeScaling
 from internlm.config.schema import Config, ModelConfig
 from internlm.data.chat import template_of_data
-from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template
+from internlm.data.chat_template import BUILT_IN, ChatTemplate
+from internlm.data.find_template import find_template
 from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
 

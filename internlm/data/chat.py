@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from internlm.config.schema import DataConfig
-from internlm.data.chat_template import ChatTemplate, Written, find_template, template_of, with_marks
+from internlm.data.chat_template import ChatTemplate, Written
+from internlm.data.find_template import find_template, template_of, with_marks
 from internlm.data.formats import Int64s, MegatronFile
 from internlm.data.message import Message
 from internlm.data.records import Conversation, PlainText, Record, pair_of, parse_line, record_of

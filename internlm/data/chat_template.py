@@ -24,12 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from internlm.data.message import Message, ToolCall, with_texts
 from internlm.data.tokenizer import any_of
 from internlm.utils.errors import UserError
-from internlm.utils.json_files import read_json
-from internlm.utils.logger import get_logger
 
 FOLDER = Path(__file__).parent / "templates"
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,12 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
             raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
 
+    def text_or_none(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+        """The text of `write`, None where that refuses."""
+        with suppress(UserError):
+            return self.render(messages, tools=tools)
+        return None
+
     def _render_or_none(self, said: Mapping[str, Any]) -> str | None:
         with suppress(UserError):
             return self._render(said)
@@ -118,7 +120,7 @@ class ChatTemplate:
     def turn_marks(self, control: "re.Pattern[str]") -> "re.Pattern[str]":
         """Finds the control tokens that begin and end turns: those that the template itself writes, and `stop`."""
         turns = [Message(role, "a") for role in ("system", "user", "assistant", "user")]
-        texts = (_text_or_none(self, turns) or "", _text_or_none(self, turns[1:]) or "")
+        texts = (self.text_or_none(turns) or "", self.text_or_none(turns[1:]) or "")
         return any_of({*self.stop, *control.findall("\n".join(texts))})
 
 
@@ -211,102 +213,3 @@ META_INSTRUCTION = """You are an AI assistant whose name is InternLM (书生·�
 (上海人工智能实验室). It is designed to be helpful, honest, and harmless.
 - InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as \
 English and 中文."""
-
-_BY_MODEL_TYPE = {"internlm": "internlm1.1", "internlm2": "internlm2", "qwen2": "qwen2"}
-
-
-def template_of(folder: str | Path) -> ChatTemplate:
-    """The template of a Hugging Face folder: its own, or that of its model type.
-
-    Its own is chat_template.jinja, or "chat_template" of tokenizer_config.json (of several, the one named default).
-    Raises UserError where there is neither.
-    """
-    folder = Path(folder)
-    settings = read_json(folder / "tokenizer_config.json")
-    source = _own_source(folder, settings)
-    if source is not None:
-        tokens = {key: _token(value) for key, value in settings.items() if key.endswith("_token") and _token(value)}
-        return ChatTemplate(f"of {folder}", source, _stops(folder, settings, tokens), tokens)
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in _BY_MODEL_TYPE:
-        raise UserError(
-            f'{folder}: no chat_template.jinja, no "chat_template" in tokenizer_config.json, and model_type '
-            f"{model_type!r} has no built-in one. Name a template: {', '.join(BUILT_IN)}, or a file."
-        )
-    name = _BY_MODEL_TYPE[model_type]
-    hint = " (internlm-chat-7b and -8k were trained with internlm: name it)" if model_type == "internlm" else ""
-    logger.info(f"{folder}: no chat template of its own; {name} by its model type{hint}")
-    return BUILT_IN[name]
-
-
-def find_template(name: str) -> ChatTemplate:
-    """A template by the name of a built-in one, by the path of a Jinja file, or of a Hugging Face folder.
-
-    Raises UserError for anything else.
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    path = Path(name)
-    if path.is_dir():
-        return template_of(path)
-    if not path.is_file():
-        raise UserError(f"chat template {name!r}: neither built in ({', '.join(BUILT_IN)}) nor a file or folder.")
-    return ChatTemplate(name, path.read_text(encoding="utf-8"))
-
-
-def with_marks(template: ChatTemplate) -> ChatTemplate:
-    """The template itself, or, where it lacks generation marks, the built-in one that writes the same texts."""
-    if template.marks_answers:
-        return template
-    asked = [Message("user", "\tone "), Message("assistant", " two\n")]  # blanks show what is trimmed
-    probes: list[tuple[list[Message], list[dict[str, Any]]]] = [
-        ([*asked, Message("user", "three"), Message("assistant", "four")], []),
-        ([Message("system", " zero\n"), *asked], []),
-    ]
-    if "tools" in template.source:
-        function = {"name": "f", "description": "é", "parameters": {"type": "object", "properties": {}}}
-        probes.append((asked, [{"type": "function", "function": function}]))
-    if "tool_calls" in template.source:
-        calls, results = (ToolCall("f", {"x": "é"}), ToolCall("g", {})), [Message("tool", "\n2"), Message("tool", "3 ")]
-        probes += [([*asked[:1], Message("assistant", said, tool_calls=calls), *results], []) for said in ("", "so ")]
-    for known in BUILT_IN.values():
-        marked = replace(template, source=known.source)
-        if all(_text_or_none(template, *probe) == _text_or_none(marked, *probe) for probe in probes):
-            logger.info(f"chat template {template.name} has no generation marks; {known.name} writes the same and has")
-            return marked
-    return template
-
-
-def _text_or_none(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-) -> str | None:
-    with suppress(UserError):
-        return template.render(messages, tools=tools or None)
-    return None
-
-
-def _own_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
-        source = by_name.get("default")
-    return source if isinstance(source, str) else None
-
-
-def _token(value: Any) -> str:
-    """A special token as tokenizer_config.json gives it: its text, or an object with that as "content"."""
-    text = value.get("content") if isinstance(value, Mapping) else value
-    return text if isinstance(text, str) else ""
-
-
-def _stops(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts of generation_config.json's end ids and of the tokenizer's eos token."""
-    ids = read_json(folder / "generation_config.json").get("eos_token_id", [])
-    added = {number: _token(token) for number, token in settings.get("added_tokens_decoder", {}).items()}
-    for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
-        added.setdefault(str(token.get("id")), _token(token))
-    stops = [added.get(str(number), "") for number in (ids if isinstance(ids, list) else [ids])]
-    return tuple(dict.fromkeys(text for text in (*stops, tokens.get("eos_token", "")) if text))

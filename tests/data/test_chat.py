@@ -13,7 +13,8 @@ import pytest
 
 from internlm.checkpoint.hf_tokenizer import inspect_tokenizer, write_tokenizer
 from internlm.data.chat import ChatEncoder, ChatFile, ChatRecipe, chat_tasks, prompt_ids, recipe_of
-from internlm.data.chat_template import BUILT_IN, ChatTemplate, with_marks
+from internlm.data.chat_template import BUILT_IN, ChatTemplate
+from internlm.data.find_template import with_marks
 from internlm.data.fitting import best_fit
 from internlm.data.loader import build_train_loader, build_valid_loaders, pack_options, read_row
 from internlm.data.message import Message, ToolCall, messages_of

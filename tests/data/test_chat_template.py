@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from internlm.data.chat_template import BUILT_IN, ChatTemplate, find_template, template_of
+from internlm.data.chat_template import BUILT_IN, ChatTemplate
+from internlm.data.find_template import find_template, template_of
 from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
 

@@ -21,7 +21,8 @@ from internlm.apis.tool_calls import parse_tool_calls
 from internlm.checkpoint.hf import HFReader
 from internlm.checkpoint.native import CheckpointReader
 from internlm.data.chat import prompt_ids, template_of_data
-from internlm.data.chat_template import ChatTemplate, find_template, template_of
+from internlm.data.chat_template import ChatTemplate
+from internlm.data.find_template import find_template, template_of
 from internlm.data.message import Message, ToolCall
 from internlm.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from internlm.utils.device import find_device
