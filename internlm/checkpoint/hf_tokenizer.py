@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from internlm.data.chat_template import ChatTemplate
 from internlm.data.encoder import SPACE
-from internlm.data.tokenizer import INTERNLM2_NAMES
+from internlm.data.tokenizer import INTERNLM2_NAMES, is_control_like
 from internlm.utils.errors import UserError
 from internlm.utils.json_files import read_json, write_json
 from internlm.utils.logger import get_logger
@@ -43,6 +43,8 @@ _PROBES = (
     "书生·浦语 是一个语言模型。",
     "two\r\nlines",
     "naïve Ünïcödé ﬁ ½ Ａ \u00a0 \u3000 🦙 \u0378",
+    "\na \u00a0",
+    "e\u0301\u0302 \u1112\u1161 \u2028\u0085",  # marks that compose, line ends of Unicode
 )
 
 
@@ -186,7 +188,8 @@ def _open_folder(path: Path) -> TokenizerSource:
     for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token")
         special[f"{kind}_token_id"] = added.get(token["content"] if isinstance(token, dict) else token)
-    stop = read_json(path / "generation_config.json").get("eos_token_id")
+    files = [path / name for name in ("generation_config.json", "config.json") if (path / name).exists()]
+    stop = read_json(files[0]).get("eos_token_id") if files else None
     if stop is not None:  # a chat model stops at more ids than its tokenizer's eos
         special["eos_token_id"] = stop
     return TokenizerSource(path, 1 + max([*ids, *added.values()]), special)
@@ -206,6 +209,11 @@ def _proto(processor: SentencePieceProcessor) -> Any:
     trainer = proto.trainer_spec
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
         raise UserError("only BPE and unigram sentencepiece models can be exported, not word or char models")
+    if trainer.treat_whitespace_as_suffix:
+        raise UserError(
+            "a sentencepiece model with treat_whitespace_as_suffix cannot be exported: tokenizer.json has blanks in "
+            "front of words; give a Hugging Face folder as the tokenizer"
+        )
     return proto
 
 
@@ -228,7 +236,10 @@ def _write_fast_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, processor.bos_id())]
         )
-    differing = [t for t in _PROBES if tokenizer.encode(t, add_special_tokens=False).ids != processor.encode(t)]
+    inside = (f"a{piece.piece}b" for piece in proto.pieces if piece.type == kinds.USER_DEFINED)
+    plain = [text for text in inside if not is_control_like(text[1:-1])]  # of the others see data/tokenizer.py
+    probes = [*_PROBES, *plain[:64]]
+    differing = [t for t in probes if tokenizer.encode(t, add_special_tokens=False).ids != processor.encode(t)]
     if differing:
         logger.warning(
             f"tokenizer.json and tokenizer.model differ on {differing}: this sentencepiece model uses features "
@@ -287,7 +298,8 @@ def _normaliser(spec: Any) -> Any:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(pattern), "") for pattern in (r"\A +", r" +\z")]  # blanks only
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

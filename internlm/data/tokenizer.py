@@ -33,7 +33,6 @@ INTERNLM2_NAMES = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
 }
 
-# A piece that a sentencepiece model keeps whole is for control if it looks like this; others are rare characters.
 _CONTROL_LIKE = re.compile(r"<\S+>|\[\S+\]")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can spell them, UTF-8 can't
@@ -163,29 +162,32 @@ class _SentencePiece(_InParts):
     def __init__(self, file: Path, added: Mapping[str, int]) -> None:
         model = self.model = load_model(str(file))
         end_tokens = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+        unknown = {model.id_to_piece(model.unk_id()): model.unk_id()}  # transformers takes its name for a token, too
         has_names = model.piece_to_id(INTERNLM2_NAMES["<|im_start|>"]) != model.unk_id()
         named = {name: model.piece_to_id(piece) for name, piece in INTERNLM2_NAMES.items()} if has_names else {}
         named |= {name: index for name, index in added.items() if name not in end_tokens}
         self.silent = frozenset(end_tokens.values())
-        self.special = end_tokens | named
+        self.special = end_tokens | unknown | named
         self.names = {index: name for name, index in named.items()}
         self.size = 1 + max(model.vocab_size() - 1, *self.special.values())
         self.bos_id, self.eos_id = (index if index >= 0 else None for index in (model.bos_id(), model.eos_id()))
         bos, eos = ("" if index is None else model.id_to_piece(index) for index in (self.bos_id, self.eos_id))
         self.ends = (bos, eos)
         user_defined = ModelFields(model.serialized_model_proto()).user_defined
-        kept_whole = [piece for piece in user_defined if _CONTROL_LIKE.fullmatch(piece)]
-        self.control = any_of({*self.special, *kept_whole})
-        self._special = any_of(self.special)
-        self.special_ids = self.silent | {*named.values(), *map(model.piece_to_id, kept_whole)}
+        # The text behind each is encoded like a new text, as by an export's tokenizer.json: it may get a blank.
+        self._apart = self.special | {
+            piece: model.piece_to_id(piece) for piece in filter(is_control_like, user_defined)
+        }
+        self.control = any_of(self._apart)
+        self.special_ids = self.silent | {*self._apart.values()}
 
     def _locate(self, text: str) -> Encoding:
         parts: list[tuple[Encoding, int]] = []
         place = 0
-        for found in self._special.finditer(text):
+        for found in self.control.finditer(text):
             parts.append((self._plain(text[place : found.start()]), place))
             place = found.end()
-            one = Encoding(np.array([self.special[found[0]]]), np.array([0]), np.array([len(found[0])]))
+            one = Encoding(np.array([self._apart[found[0]]]), np.array([0]), np.array([len(found[0])]))
             parts.append((one, found.start()))
         return _joined([*parts, (self._plain(text[place:]), place)])
 
@@ -234,7 +236,7 @@ class _Fast(_InParts):
         self.eos_id = self.backend.token_to_id(ends["eos"]) if "eos" in ends else None
         self.ends = (ends.get("bos", ""), ends.get("eos", ""))
         added = self.backend.get_added_tokens_decoder().items()
-        control = {i: t.content for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+        control = {i: t.content for i, t in added if t.special or is_control_like(t.content)}
         self.control, self._control_ids = any_of(control.values()), np.array(list(control), np.int64)
         self.special_ids = self.silent | {i for i, t in added if t.special}
 
@@ -257,6 +259,11 @@ class _Fast(_InParts):
 
     def piece(self, index: int) -> str:
         return self.backend.decode([index], skip_special_tokens=False)
+
+
+def is_control_like(piece: str) -> bool:
+    """Whether a piece that a tokenizer keeps whole is for control, by its name: the others are rare characters."""
+    return _CONTROL_LIKE.fullmatch(piece) is not None
 
 
 def any_of(texts: Iterable[str]) -> "re.Pattern[str]":

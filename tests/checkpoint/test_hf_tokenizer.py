@@ -9,6 +9,7 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
 
 from internlm.checkpoint.hf_tokenizer import inspect_tokenizer, write_tokenizer
+from internlm.data.tokenizer import open_tokenizer
 from internlm.utils.errors import UserError
 
 TEXTS = [
@@ -17,6 +18,7 @@ TEXTS = [
     " ",
     "  leading and trailing  ",
     "tabs\tand\n\nline ends\n",
+    "\n\u00a0inside\u00a0\n",
     "书生·浦语 是一个语言模型，由上海人工智能实验室开发。",
     "naïve Ünïcödé ﬁ ½ Ａ \u00a0 \u3000 🦙 \u0378",
     inspect.getsource(json),
@@ -51,24 +53,58 @@ def check_equal(model_file: Path, folder: Path) -> None:
         {},
         {"remove_extra_whitespaces": False},
         {"add_dummy_prefix": False},
+        {"normalization_rule_name": "identity"},
         {"byte_fallback": False},
         {"user_defined_symbols": ["<eoh>", "<eoa>"]},
     ],
 )
 def test_trained_here(model_type: str, options: dict[str, object], tmp_path: Path) -> None:
+    check_equal(trained(tmp_path, model_type=model_type, **options), tmp_path / "hf")
+
+
+def trained(folder: Path, **options: object) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
-        model_prefix=str(tmp_path / "tiny"),
+        model_prefix=str(folder / "tiny"),
         **{
             "vocab_size": 512,
-            "model_type": model_type,
+            "model_type": "bpe",
             "byte_fallback": True,
             "num_threads": 1,
             "minloglevel": 2,
             **options,
         },
     )
-    check_equal(tmp_path / "tiny.model", tmp_path / "hf")
+    return folder / "tiny.model"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False, "remove_extra_whitespaces": False}])
+def test_control_tokens_in_a_text(model_type: str, options: dict[str, object], tmp_path: Path) -> None:
+    """In training, on a checkpoint and in its export they are one id each, and what follows has the same ids."""
+    symbols = ["<eoh>", "<|im_start|>"]
+    model_file = trained(tmp_path, model_type=model_type, user_defined_symbols=symbols, **options)
+    write_tokenizer(inspect_tokenizer(model_file, 512), tmp_path, 2048)
+    LlamaConfig().save_pretrained(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(model_file)
+    for text in (
+        *("<s>def f", "a<s>b </s> c", "<|im_start|>user\nhi<eoh>\nself", "a  <eoh>  b", "<eoh><eoh>x", "<eoh>"),
+        *("the <unk> is", "<unk>", "<s", "<eoh >", "  <|im_start|>"),
+    ):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, text
+    ids = ours.encode("a <unk> b")
+    shown = [token for token in ids if token not in ours.special_ids]
+    assert 0 in ids and ours.decode(shown) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_what_tokenizer_json_cannot_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model_file = trained(tmp_path, user_defined_symbols=["fox"])  # gets a blank behind it there, which it has not here
+    with caplog.at_level("WARNING", "internlm"):
+        write_tokenizer(inspect_tokenizer(model_file, 512), tmp_path, 2048)
+    assert "prefer tokenizer.model" in caplog.text and "afoxb" in caplog.text and "\u0302" in caplog.text
+    with pytest.raises(UserError, match="treat_whitespace_as_suffix cannot be exported"):
+        write_tokenizer(inspect_tokenizer(trained(tmp_path, treat_whitespace_as_suffix=True), 512), tmp_path, 2048)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_internlm.model", "tokenizer_internlm2.model"])
