@@ -24,7 +24,6 @@ from internlm.apis.chat import template_of_model
 from internlm.apis.generate import check_length, model_config, open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, check_tasks, open_tasks, run_tasks
 from internlm.checkpoint.hf import HFReader
-from internlm.checkpoint.hf_tokenizer import inspect_tokenizer
 from internlm.data.tokenizer import check_tokenizer, open_tokenizer
 from internlm.utils.device import torch_dtype
 from internlm.utils.errors import UserError, exit_code
@@ -69,9 +68,11 @@ def evaluate(given: argparse.Namespace) -> None:
     check_tasks(tasks, manager, max_length)
     template = template_of_model(reader, given.path) if given.apply_chat_template else None
     if isinstance(reader, HFReader):
-        stops = inspect_tokenizer(reader.text_folder, config.vocab_size).end_ids
+        stops = reader.end_ids
     else:
-        stops = [index for text in (template.stop if template else ()) if (index := tokenizer.id_of(text)) is not None]
+        is_chat = reader.config.data.type in ("chat", "preference")  # then an export stops there whatever it is asked
+        own = template_of_model(reader, given.path) if is_chat and template is None else template
+        stops = [index for text in (own.stop if own else ()) if (index := tokenizer.id_of(text)) is not None]
     scorer = Scorer(read_model(reader, given.device, dtype), tokenizer, max_length, given.row_tokens, stops)
     settings = {name: getattr(given, name) for name in ("num_fewshot", "limit", "system_instruction", "log_samples")}
     results = run_tasks(scorer, tasks, manager, template, **settings)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from internlm.apis.answer_settings import AnswerSettings
 from internlm.apis.generate import stream
 from internlm.apis.sampling import Sampling
 from internlm.apis.text_stream import TextStream
@@ -22,8 +23,6 @@ from internlm.data.tokenizer import Tokenizer
 from internlm.model.batch import IGNORE_INDEX, Batch, Segments
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
-
-MAX_NEW_TOKENS = 256  # where a task says nothing; as the harness has it
 
 
 @dataclass(frozen=True)
@@ -103,17 +102,26 @@ class Scorer:
     def continuations(
         self, prompts: Sequence[Sequence[int]], until: Sequence[str], sampling: Sampling, limit: int
     ) -> list[str]:
-        """The text behind each prompt, up to the first of `until` or a stop id, without special tokens."""
+        """The text behind each prompt, up to one of `until` or a stop id, without special tokens.
+
+        Of texts in `until` that overlap the one named first is cut off first, as the harness does it.
+        """
         unseen = self.stop_ids | self.tokenizer.special_ids
-        streams = [TextStream(self.tokenizer, until) for _ in prompts]
+        stop_ids = self.stop_ids | {index for text in until if (index := self.tokenizer.id_of(text)) in unseen}
+        streams = [TextStream(self.tokenizer) for _ in prompts]
         texts = [""] * len(prompts)
-        for tokens in stream(self.model, prompts, limit, sampling, tuple(self.stop_ids)):
+        for tokens in stream(self.model, prompts, limit, sampling, tuple(stop_ids)):
             for index, token in enumerate(tokens):
                 if token is not None and token not in unseen:
                     texts[index] += streams[index].add(token)
-            if all(row.stopped or token is None for row, token in zip(streams, tokens, strict=True)):
+            if all(
+                token is None or any(stop in text for stop in until) for text, token in zip(texts, tokens, strict=True)
+            ):
                 break
-        return [text + row.finish() for text, row in zip(texts, streams, strict=True)]
+        texts = [text + row.finish() for text, row in zip(texts, streams, strict=True)]
+        for stop in until:
+            texts = [text.partition(stop)[0] for text in texts]
+        return texts
 
 
 def harness_model(scorer: Scorer, num_rows: int = 8, template: ChatTemplate | None = None) -> Any:
@@ -134,7 +142,8 @@ def harness_model(scorer: Scorer, num_rows: int = 8, template: ChatTemplate | No
 
         @property
         def prefix_token_id(self) -> int:
-            return _end(tokenizer) if tokenizer.bos_id is None else tokenizer.bos_id
+            named = tokenizer.id_of(tokenizer.ends[0])  # also where nothing puts it before a text
+            return _end(tokenizer) if named is None else named
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             ids = tokenizer.encode(string)
@@ -146,6 +155,7 @@ def harness_model(scorer: Scorer, num_rows: int = 8, template: ChatTemplate | No
             for (_, continuation), before, ids in requests:
                 if not ids or len(ids) > max_length:
                     raise UserError(f"{continuation[:40]!r}: {len(ids)} tokens to score, 1 to {max_length} can be")
+                before = before or [self.prefix_token_id]  # a context that the tokenizer drops, such as blanks
                 texts.append(Scored([*before, *ids][-(max_length + 1) :], len(ids)))
             return scorer.score(texts, "log-likelihoods")
 
@@ -168,7 +178,7 @@ def harness_model(scorer: Scorer, num_rows: int = 8, template: ChatTemplate | No
             groups = [list(group) for _, group in groupby(order, lambda index: repr(requests[index].args[1]))]
             rows = [group[start : start + num_rows] for group in groups for start in range(0, len(group), num_rows)]
             for row in scorer.track(rows, "generation"):
-                settings = _Generation.of(requests[row[0]].args[1])
+                settings = AnswerSettings.of(requests[row[0]].args[1], requests[row[0]].task_name)
                 room = max_length - settings.limit
                 _check_room(requests[row[0]].task_name, settings.limit, max_length)
                 prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in row]
@@ -202,25 +212,6 @@ def _chat_text(template: ChatTemplate, turns: Sequence[Mapping[str, Any]], add_g
     ]
 
 
-@dataclass(frozen=True)
-class _Generation:
-    """How a task wants its texts made."""
-
-    until: tuple[str, ...]
-    sampling: Sampling
-    limit: int
-
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> "_Generation":
-        until = given.get("until") or ()
-        limit = next((given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if key in given), None)
-        sampling = Sampling()  # greedy
-        if given.get("do_sample", float(given.get("temperature") or 0) > 0):
-            sampling = Sampling(float(given.get("temperature") or 1), top_p=float(given.get("top_p") or 1))
-        texts = (until,) if isinstance(until, str) else tuple(until)
-        return _Generation(texts, sampling, MAX_NEW_TOKENS if limit is None else int(limit))
-
-
 def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
     """The harness's manager of tasks: its own, or those defined by YAML files in `include_path`.
 
@@ -243,7 +234,7 @@ def check_tasks(tasks: Sequence[str], manager: Any, max_length: int) -> None:
     """Raises UserError for one of `tasks` whose answers may take all of `max_length` tokens. Reads the tasks' data."""
     for name, task in manager.load(list(tasks))["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until":
-            _check_room(name, _Generation.of(task.config.generation_kwargs or {}).limit, max_length)
+            _check_room(name, AnswerSettings.of(task.config.generation_kwargs or {}, name).limit, max_length)
 
 
 def _check_room(task: str, limit: int, max_length: int) -> None:

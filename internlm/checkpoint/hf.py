@@ -218,6 +218,16 @@ class HFReader:
         """The preset that comes nearest to the folder's model."""
         return preset_of(self._hf)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer, as transformers finds them: a chat model has more than its tokenizer's one."""
+        about: dict[str, Any] = self._hf
+        if "generation_config.json" in self._storage.names():
+            file = "generation_config.json"
+            about = parse_object(self._storage.read(file), self._storage.show(file))
+        ids = about.get("eos_token_id")
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
     def config_model(self) -> dict[str, Any]:
         """Keys of the model section that describe the folder's model, `dtype` as its config.json says."""
         return dict(self._section)

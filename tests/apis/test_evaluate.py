@@ -1,6 +1,7 @@
 """Scores of a native model equal those of its export under the harness's own `hf` model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import pytest
 
 from internlm.apis.generate import open_model, read_model, tokenizer_of
 from internlm.apis.harness import Scorer, harness_model
-from tests.apis.tiny_chat import ANSWERS, COUNT
+from internlm.checkpoint.native import NativeReader
+from internlm.utils.errors import UserError
+from tests.apis.tiny_chat import ANSWERS, COUNT, HELLO
+from tests.apis.tiny_chat import write_native as write_checkpoint
+from tests.checkpoint.test_hf_reader import edit
 from tools.evaluate import main
 
 CHOICES = """task: {name}
@@ -82,6 +87,54 @@ def test_generation(ours: Any, theirs: Any) -> None:
     assert ours.generate_until(requests) == theirs.generate_until(requests)
 
 
+def test_stop_texts_that_overlap_or_are_control_tokens(ours: Any, theirs: Any) -> None:
+    start = "<|im_start|>user\ncount<|im_end|>\n<|im_start|>assistant\n"
+    hello = start.replace("count", "hello")
+    theirs.model.generation_config.eos_token_id = 2  # so that <|im_end|> is none, but for `until`
+    settings = [
+        {"until": ["4", " 4"], "max_gen_toks": 30},
+        {"until": [" 4", "4"], "max_gen_toks": 30},
+        {"until": ["<|im_end|>"], "max_gen_toks": 60},
+        {"until": "tiny", "max_completion_tokens": 40, "do_sample": None},
+        {"until": [], "max_tokens": 7, "do_sample": False, "temperature": 0.7, "repetition_penalty": 1.3},
+    ]
+    requests = [Request(prompt, given) for given in settings for prompt in (start, hello)]
+    found = ours.generate_until(requests)
+    assert found == theirs.generate_until(requests)
+    assert (found[0], found[2]) == ("1 2 3 ", "1 2 3") and found[5] == ANSWERS[HELLO] and found[7].endswith("I am a ")
+
+
+def test_settings_that_generation_lacks_are_refused(ours: Any) -> None:
+    for given in ({"num_beams": 4, "max_gen_toks": 8}, {"min_p": 0.1, "num_beams": 1, "max_gen_toks": 8}):
+        with pytest.raises(
+            UserError, match=r"task mine asks for answers by generation_kwargs \{'(num_beams': 4|min_p)"
+        ):
+            ours.generate_until([Request("Hello", given)])
+
+
+def test_a_context_may_have_no_tokens(ours: Any) -> None:
+    """hf fails there; what it takes for an empty context is taken."""
+    (found,) = ours._loglikelihood_tokens([(("\u200b", "Hello"), [], ours.tok_encode("Hello", False))])
+    assert found == ours.loglikelihood([Request("", "Hello")])[0]
+
+
+def test_texts_begin_with_the_token_that_is_named_for_it(chat_folder: Path, tmp_path: Path) -> None:
+    """Also where nothing puts it before a text, as in Hugging Face folders that only name it."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = shutil.copytree(chat_folder, tmp_path / "hf")
+    (folder / "special_tokens_map.json").unlink()
+    edit(folder / "tokenizer.json", post_processor=None)
+    edit(folder / "tokenizer_config.json", bos_token="<|im_start|>", add_bos_token=False)
+    theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, max_length=100)
+    reader = open_model(folder)
+    ours = harness_model(Scorer(read_model(reader, "cpu"), tokenizer_of(reader, folder), max_length=100))
+    assert ours.prefix_token_id == theirs.prefix_token_id == theirs.tokenizer.bos_token_id
+    assert ours.tok_encode("Hello") == theirs.tok_encode("Hello")
+    requests = [Request("", "Hello, I am"), Request("Hello", ", I am")]
+    assert_scores_agree(ours.loglikelihood(requests), theirs.loglikelihood(requests))
+
+
 def write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: str, rest: str) -> None:
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,6 +180,29 @@ def test_questions_as_conversations(chat_folder: Path, tmp_path: Path) -> None:
                 assert found["results"][task][measure] == hf["results"][task][measure]
         if system is None:
             assert found["results"]["said"]["exact_match,none"] >= 0.5  # as learnt
+
+
+def test_a_chat_ends_its_answers_whatever_it_is_asked(chat_folder: Path, tmp_path: Path) -> None:
+    """A run on conversations, asked in plain text: as its export, whose generation_config.json names the ends."""
+    native = tmp_path / "native"
+    reader = NativeReader(chat_folder.parent / "native")
+    data = reader.config.data.model_copy(update={"type": "chat", "chat_template": "internlm2"})
+    config = reader.config.model_copy(update={"data": data})
+    write_checkpoint(native, config, read_model(reader, "cpu"))
+    start = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"q": start.format(question), "a": answer} for question, answer in ANSWERS.items()]
+    write_task(
+        *(tmp_path, "plain", rows, "generate_until"),
+        "doc_to_text: q\ndoc_to_target: a\nmetric_list: [{metric: exact_match}]\n"
+        "generation_kwargs: {until: [], max_gen_toks: 60}\n",
+    )
+    texts = []
+    for folder in (native, chat_folder):
+        output = tmp_path / "scores.json"
+        command = [str(folder), "--tasks", "plain", "--include_path", str(tmp_path), "--output", str(output)]
+        assert main([*command, "--log_samples", "--device", "cpu"]) == 0
+        texts.append([sample["filtered_resps"][0] for sample in json.loads(output.read_text())["samples"]["plain"]])
+    assert texts[0] == texts[1] and texts[0][0] == ANSWERS[HELLO]
 
 
 def assert_samples_agree(found: Any, expected: Any) -> None:
