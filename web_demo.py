@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -39,15 +40,16 @@ class Server:
 
     chat: ChatModel
     conversations: OrderedDict[str, Conversation] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def conversation(self, key: str, system: str) -> Conversation:
         """The conversation of a page, a new one for an unknown key."""
-        if key not in self.conversations:
-            self.conversations[key] = Conversation(self.chat, system)
-        self.conversations.move_to_end(key)
-        if len(self.conversations) > MAX_CONVERSATIONS:
-            self.conversations.popitem(last=False)
-        return self.conversations[key]
+        with self.lock:
+            conversation = self.conversations.setdefault(key, Conversation(self.chat, system))
+            self.conversations.move_to_end(key)
+            if len(self.conversations) > MAX_CONVERSATIONS:
+                self.conversations.popitem(last=False)
+        return conversation
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,10 +138,10 @@ def answer(conversation: Conversation, pieces: Iterator[str]) -> None:
                 with place.container():
                     write(text + " ▌")
         except BusyError:
-            st.warning("Too many others are waiting; try again in a moment.")
+            stop.warning("Too many others are waiting; try again in a moment.")
             st.stop()
         except (UserError, RuntimeError) as error:
-            st.error(str(error))
+            stop.error(without_images(str(error)))
             st.stop()
     st.rerun()
 

@@ -103,6 +103,20 @@ def test_a_stopped_answer_keeps_what_it_said(chat: ChatModel) -> None:
     assert conversation.messages == [Message("user", COUNT), Message("assistant", said)]
 
 
+def test_another_question_ends_an_answer(chat: ChatModel) -> None:
+    """As where a page is open twice. What was said stays; of what is cleared, nothing."""
+    conversation = Conversation(chat)
+    first = conversation.ask(COUNT, GREEDY)
+    said = next(first) + next(first)
+    second = conversation.ask(HELLO, GREEDY)
+    begun = next(second)
+    assert list(first) == []
+    turns = [Message("user", COUNT), Message("assistant", said), Message("user", HELLO)]
+    assert conversation.messages == [*turns, Message("assistant", begun)]
+    conversation.clear()
+    assert list(second) == [] and conversation.messages == []
+
+
 def test_calls_of_a_conversation(chat: ChatModel) -> None:
     conversation = Conversation(chat)
     for _ in conversation.ask("weather?", GREEDY):

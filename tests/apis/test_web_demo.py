@@ -71,6 +71,9 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch, repo_root: Path, chat_folder:
     assert not any("![" in text for text in shown(page))
     page.chat_input[0].set_value("x" * 600).run()
     assert "the limit is 512" in page.error[0].value and not page.exception
+    assert "Stop" not in [element.label for element in page.button]
+    page.chat_input[0].set_value(HELLO).run()
+    assert "x" * 600 not in shown(page)  # it could not be asked, so others can
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,15 @@ class ChatModel:
 class Conversation:
     """Turns so far, and how to go on.
 
-    The text of an answer stays, even if it was broken off. A question that raises UserError does not.
+    The text of an answer stays, even if it was broken off. A question that raises UserError does not. Another question,
+    also from another thread (a page open twice), ends an answer that is under way.
     """
 
     def __init__(self, chat: ChatModel, system: str = "") -> None:
         self.chat, self.system = chat, system
         self.messages: list[Message] = []  # without the system text, so that it can be changed at any time
         self.num_forgotten = 0  # oldest turns that the last prompt had no room for
+        self._reply: Reply | None = None  # the one that may write its text into `messages`
 
     def ask(self, text: str, options: ReplyOptions | None = None) -> Iterator[str]:
         """Adds a turn of the user; yields the answer piece by piece and keeps it."""
@@ -169,7 +171,8 @@ class Conversation:
         return self.messages[: asked[-1] + 1]
 
     def clear(self) -> None:
-        """Forgets all turns; the system text stays."""
+        """Forgets all turns, also one that is under way; the system text stays."""
+        self._break_off()
         self.messages, self.num_forgotten = [], 0
 
     @property
@@ -188,6 +191,7 @@ class Conversation:
         return [Message("system", self.system)] if self.system else []
 
     def _answer(self, messages: list[Message], options: ReplyOptions) -> Iterator[str]:
+        self._break_off()
         before = self.messages, self.num_forgotten
         self.messages = messages
         try:
@@ -195,12 +199,20 @@ class Conversation:
         except UserError:
             self.messages, self.num_forgotten = before
             raise
+        self._reply = reply
         try:
             for piece in reply:
+                if self._reply is not reply:
+                    return
                 self.messages = [*messages, Message("assistant", reply.text)]
                 yield piece
         finally:
             reply.close()
+
+    def _break_off(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+        self._reply = None
 
     def _fitting(self, options: ReplyOptions) -> list[Message]:
         """System text and the newest turns, as many as leave room for an answer; the last question stays always."""
