@@ -1,6 +1,7 @@
 """Exports to chat with: the template beside the tokenizer, turn marks as tokens, and InternLM's chat methods."""
 
 import json
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -160,6 +161,29 @@ def test_chat_and_stream_chat(internlm: tuple[Path, Transformer]) -> None:
     assert all(len(a[0]) <= len(b[0]) for a, b in pairwise(parts))
     with pytest.raises(ValueError, match="nonsense"):
         list(theirs.stream_chat(tokenizer, "x", max_new_tokens=2, nonsense=1))
+
+
+def test_a_stream_that_is_broken_off_ends(internlm: tuple[Path, Transformer]) -> None:
+    """The generating thread too, at its next token."""
+    folder, _ = internlm
+    theirs = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    before = set(threading.enumerate())
+    forward, left, calls = theirs.forward, threading.Event(), []
+
+    def counted(*given: object, **named: object) -> object:
+        calls.append(left.is_set())
+        assert len(calls) < 6 or left.wait(60)
+        return forward(*given, **named)
+
+    theirs.forward = counted
+    parts = theirs.stream_chat(tokenizer, "hello", max_new_tokens=100, do_sample=False, eos_token_id=[0])
+    next(parts)
+    (thread,) = set(threading.enumerate()) - before
+    parts.close()
+    left.set()
+    thread.join(60)
+    assert not thread.is_alive() and sum(calls) <= 1
 
 
 def test_old_configs_of_internlm_are_understood(internlm: tuple[Path, Transformer]) -> None:
