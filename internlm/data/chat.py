@@ -61,7 +61,7 @@ class ChatEncoder:
     def __init__(self, recipe: ChatRecipe) -> None:
         self.recipe = recipe
         self.tokenizer = open_tokenizer(recipe.tokenizer)
-        if recipe.train_on != "all" and not recipe.template.marks_answers:
+        if recipe.train_on != "all" and not recipe.template.tells_answers:
             raise UserError(
                 f"chat template {recipe.template.name} has no generation marks, so it does not say which text the "
                 "assistant writes. Put {% generation %} and {% endgeneration %} around that, name a built-in template "
@@ -96,9 +96,8 @@ class ChatEncoder:
         return Written(text, [(len(head), len(text))], [])
 
     def _conversation(self, record: Conversation) -> Written:
-        written = self.recipe.template.write(
-            record.messages, tools=record.tools or None, control=self.tokenizer.control
-        )
+        template, beside = self.recipe.template, (record.tools or None, self.tokenizer.control)
+        written = template.write(record.messages, False, *beside)
         everything = self.recipe.train_on == "all"
         for message in record.messages:
             if message.role != "assistant" and message.trained not in (None, everything):
@@ -118,14 +117,10 @@ class ChatEncoder:
         if empty:
             error = UserError if len(empty) < len(trained) else NothingToLearnError
             raise error('an empty answer, which would teach to say nothing. Leave it out or set "trained": false.')
-        if all(chosen):
+        if all(chosen) and (everything or template.marks_answers):
             return written._replace(answers=[(0, len(written.text))]) if everything else written
-        if len(written.answers) != len(answers):
-            raise UserError(
-                f"chat template {self.recipe.template.name} marks {len(written.answers)} texts of {len(answers)} "
-                "assistant turns, so single turns cannot be chosen."
-            )
-        spans = [span for span, keep in zip(written.answers, chosen, strict=True) if keep != everything]
+        wanted = [keep != everything for keep in chosen]
+        spans = template.answers_of(record.messages, written, wanted, *beside)
         if everything:  # all but these
             borders = [0, *(border for span in spans for border in span), len(written.text)]
             spans = list(zip(borders[::2], borders[1::2], strict=True))

@@ -106,11 +106,68 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
             raise UserError(f"chat template {self.name}: {error or type(error).__name__}") from error
 
-    def text_or_none(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
-        """The text of `write`, None where that refuses."""
+    def text_or_none(self, messages: Sequence[Message], *others: Any) -> str | None:
+        """The text of `write` with the same arguments, None where that refuses."""
         with suppress(UserError):
-            return self.render(messages, tools=tools)
+            return self.write(messages, *others).text
         return None
+
+    @property
+    def tells_answers(self) -> bool:
+        """Whether `answers_of` finds the answers of a plain conversation, by marks or without."""
+        talk = [Message("user", "a"), Message("assistant", "b")]
+        return self.marks_answers or self._answer(1, self.text_or_none(talk) or "", talk, None, None) is not None
+
+    def answers_of(
+        self,
+        messages: Sequence[Message],
+        written: "Written",
+        wanted: Sequence[bool],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        control: "re.Pattern[str] | None" = None,
+    ) -> list[tuple[int, int]]:
+        """Where the `wanted` of the assistant's turns lie in what `write` made of a conversation. Raises UserError."""
+        places = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        spans: Sequence[tuple[int, int] | None] = written.answers
+        if not self.marks_answers:
+            spans = [
+                self._answer(index, written.text, messages, tools, control) if keep else None
+                for index, keep in zip(places, wanted, strict=True)
+            ]
+        if len(spans) != len(places):
+            raise UserError(
+                f"chat template {self.name} marks {len(spans)} texts of {len(places)} assistant turns, so single turns "
+                "cannot be chosen."
+            )
+        chosen = [span for span, keep in zip(spans, wanted, strict=True) if keep]
+        found = [span for span in chosen if span is not None]
+        if len(found) < len(chosen):
+            raise UserError(
+                f"chat template {self.name} has no generation marks, and writes an answer otherwise when turns follow "
+                "than when it is the last one, so it does not say which text the assistant wrote. Train on last "
+                'answers alone (data.train_on = "last"), or put {% generation %} and {% endgeneration %} around them.'
+            )
+        return found
+
+    def _answer(
+        self,
+        index: int,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        control: "re.Pattern[str] | None",
+    ) -> tuple[int, int] | None:
+        """Where messages[index] lies in `text`, which `write` made of all of them, found without marks.
+
+        The assistant wrote what follows the prompt that a model is given for this turn, up to the stop token at its
+        end. None: the conversation up to there is not the beginning of `text`, or there is no stop token.
+        """
+        prompt = self.text_or_none(messages[:index], True, tools, control)
+        ended = self.text_or_none(messages[: index + 1], False, tools, control)
+        if prompt is None or ended is None or not (ended.startswith(prompt) and text.startswith(ended)):
+            return None
+        answer = ended.rstrip()
+        return (len(prompt), len(answer)) if answer.endswith(self.stop) and len(answer) > len(prompt) else None
 
     def _render_or_none(self, said: Mapping[str, Any]) -> str | None:
         with suppress(UserError):

@@ -72,7 +72,7 @@ def with_marks(template: ChatTemplate) -> ChatTemplate:
         probes += [([*asked[:1], Message("assistant", said, tool_calls=calls), *results], []) for said in ("", "so ")]
     for known in BUILT_IN.values():
         marked = replace(template, source=known.source)
-        if all(template.text_or_none(*probe) == marked.text_or_none(*probe) for probe in probes):
+        if all(template.text_or_none(talk, False, t) == marked.text_or_none(talk, False, t) for talk, t in probes):
             logger.info(f"chat template {template.name} has no generation marks; {known.name} writes the same and has")
             return marked
     return template

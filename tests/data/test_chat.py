@@ -1,7 +1,9 @@
 """Conversations to rows: which ids are trained on, against transformers' masks; shapes, refusals, packing."""
 
+import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -348,6 +350,59 @@ def test_a_token_of_prompt_and_completion_is_trained_on_as_by_trl(
     write_lines(tmp_path / "a.jsonl", *({"prompt": prompt, "completion": said} for prompt, said in texts))
     open_train(chat_config(tmp_path).data, 1024)
     assert "a.jsonl: 2 prompts end inside a token, which is trained on as a whole" in caplog.text
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last"])
+def test_qwen3_trains_as_by_trl_without_marks(tmp_path: Path, train_on: Any) -> None:
+    """What follows the prompt of a turn is the answer; TRL's template marks the line break behind it as well."""
+    from transformers import AutoTokenizer
+
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    write_tokenizer(inspect_tokenizer(DEMO, 1024), tmp_path, 256)
+    shutil.copy(folder / "qwen3.jinja", tmp_path / "chat_template.jinja")
+    end = open_tokenizer(tmp_path).id_of("<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    own = {"tokenizer_path": str(tmp_path), "chat_template": None}
+    recipe = recipe_of(chat_config(tmp_path, train_on=train_on, **own).data, 1024)
+    assert not recipe.template.marks_answers
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    calls = [{"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": calls}
+    asked = {"role": "user", "content": "one\n"}
+    said = {"role": "assistant", "content": "<think>\nhm\n</think>\n\ntwo "}
+    system = {"role": "system", "content": "zero"}
+    for talk, tools in (([asked, said], None), ([system, asked, said], None), ([asked, call], [tool])):
+        ids = ChatEncoder(recipe).encode(record_of({"messages": talk, "tools": tools}))
+        theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+            talk,
+            tools=tools,
+            chat_template=(folder / "qwen3_training.jinja").read_text(),
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        assert np.where(ids >= 0, ids, ~ids).tolist() == theirs["input_ids"]
+        last = max(np.flatnonzero(theirs["assistant_masks"]))
+        assert ids[last - 1] == end and ids[last] < 0
+        assert (ids >= 0).astype(int)[:last].tolist() == theirs["assistant_masks"][:last]
+    two = record_of({"messages": [asked, {**said, "content": "b"}, asked, said]})
+    if train_on == "last":
+        assert shown(ChatEncoder(recipe).encode(two), True) == "<think>\nhm\n</think>\n\ntwo <|im_end|>"
+    else:  # the earlier answer loses its thoughts, so the model would be taught to answer without
+        with pytest.raises(UserError, match=r"writes an answer otherwise when turns follow .*train_on = .last"):
+            ChatEncoder(recipe).encode(two)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_without_marks_answers_are_where_the_marks_are(name: str) -> None:
+    """Built-in templates write each turn alike wherever it stands."""
+    template, talk = BUILT_IN[name], record_of(TALK)
+    bare = dataclasses.replace(template, source=template.plain_source)
+    trains: tuple[Any, ...] = ("answers", "last")
+    for train_on in trains:
+        recipes = [ChatRecipe(DEMO, one, train_on, 900, None) for one in (template, bare)]
+        by_marks, found = (ChatEncoder(recipe).encode(talk).tolist() for recipe in recipes)
+        assert found == by_marks
 
 
 def test_tokenizer_and_template_must_fit(tmp_path: Path) -> None:
