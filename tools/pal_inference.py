@@ -49,6 +49,7 @@ EXAMPLES = (
         "price = 80\n    price = price * 1.25\n    return price * 0.90",
     ),
 )
+LEAST_MEMORY = 64  # megabytes; Python alone takes about 20
 TOLERANCE = 1e-3  # absolute, as in 2023
 _RESULT = "value of solution(): "
 
@@ -80,7 +81,7 @@ def questions_of(dataset: str) -> list[tuple[str, float]]:
     if not path.is_file():
         raise UserError(f"--dataset {dataset}: no such file; give a jsonl file, or gsm8k")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             place = f"{path}, line {number}"
             try:
@@ -91,6 +92,13 @@ def questions_of(dataset: str) -> list[tuple[str, float]]:
     if not found:
         raise UserError(f"{path} holds no question")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}): convert it") from error
 
 
 def _gsm8k() -> Iterator[dict[str, str]]:
@@ -105,9 +113,12 @@ def target_of(answer: object, place: str) -> float:
     """The number of an answer: itself, or what stands behind the last ####."""
     text = str(answer).rsplit("####", 1)[-1].replace(",", "").strip()
     try:
-        return float(text)
+        number = float(text)
     except ValueError as error:
         raise UserError(f"{place}: the answer {text[:40]!r} is no number") from error
+    if not math.isfinite(number):
+        raise UserError(f"{place}: no program can answer {text[:40]!r}")
+    return number
 
 
 def prompt_of(question: str) -> list[Message]:
@@ -145,19 +156,24 @@ def infer(given: argparse.Namespace) -> None:
             "this runs code that the model writes, in a child process with limits but with your rights: "
             "say --run_code if that is what you want, best inside a container"
         )
-    sampling = Sampling(given.temperature, top_p=given.top_p)
+    if given.time_out < 1 or given.memory < LEAST_MEMORY:
+        raise UserError(
+            f"--time_out {given.time_out} --memory {given.memory}: a program needs 1 s and {LEAST_MEMORY} megabytes"
+        )
+    options = ReplyOptions(Sampling(given.temperature, top_p=given.top_p), given.max_new_tokens, given.seed)
     questions = questions_of(given.dataset)
     given.out_dir.mkdir(parents=True, exist_ok=True)
     file = given.out_dir / f"{Path(given.dataset).stem}.json"
-    done = _results(file) if given.append else []
-    if len(done) > len(questions):
-        raise UserError(f"{file} has {len(done)} lines, the dataset {len(questions)}: it is of another one")
+    done = _results(file, [question for question, _ in questions]) if given.append else []
     with (
         load_with_progress(given.model, given) as chat,
         file.open("a" if given.append else "w", encoding="utf-8") as out,
     ):
         for number in track(range(len(done), len(questions)), description="questions"):
-            line = _answered(chat, *questions[number], ReplyOptions(sampling, given.max_new_tokens, given.seed), given)
+            try:
+                line = _answered(chat, *questions[number], options, given)
+            except UserError as error:
+                raise UserError(f"question {number + 1} of {given.dataset}: {error}") from error
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
             out.flush()
             done.append(line)
@@ -183,15 +199,20 @@ def _answered(
     }
 
 
-def _results(file: Path) -> list[dict[str, float]]:
+def _results(file: Path, questions: list[str]) -> list[dict[str, float]]:
+    """The lines that are there already, which must be answers to the first questions."""
     if not file.is_file():
         return []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in _lines(file)]
+        answered = [(line["question"], float(line["score"]))[0] for line in lines]
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{file} can't be continued, a line is broken ({error}): fix it, or leave out --append"
+            f"{file} can't be continued, a line is broken ({error!r}): fix it, or leave out --append"
         ) from error
+    if answered != questions[: len(answered)]:
+        raise UserError(f"{file} has answers to other questions: give another OUT_DIR, or leave out --append")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internlm.apis.chat import ChatModel
 from internlm.apis.sandbox import ERROR_LIMIT, PROCESSES, run_python
+from internlm.utils.errors import UserError
 from tools import pal_inference
 from tools.pal_inference import EXAMPLES, main, program_of, prompt_of, questions_of, solve
 
@@ -177,6 +179,23 @@ def test_the_command(
     data.write_text(data.read_text() + '{"question": "7", "answer": 7}\n')
     assert main([*command, "--run_code", "--append"]) == 0
     assert len((out / "sums.json").read_text().splitlines()) == 3
+    for broken, message in (('{"question": "3+3", "score": 1}', "answers to other questions"), ("[1]", "is broken")):
+        (out / "sums.json").write_text(broken)
+        assert main([*command, "--run_code", "--append"]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--time_out=0", "needs 1 s"),
+        ("--memory=5", "64 megabytes"),
+        ("--max_new_tokens=0", "at least 1"),
+        ("--top_p=2", "top_p"),
+    ],
+)
+def test_settings_are_looked_at_before_a_model(option: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    assert main(["no model", str(tmp_path / "out"), "--run_code", option]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 class _Entered:
@@ -191,10 +210,16 @@ class _Entered:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [('{"question": "a"}', "line 1: expected"), ('{"question": "a", "answer": "x"}', "no number")]
+    ("line", "message"),
+    [
+        (b'{"question": "a", "answer": "nan"}', "no program can answer 'nan'"),
+        (b"\xff", "no UTF-8 text"),
+        (b'{"question": "a"}', "line 1: expected"),
+        (b'{"question": "a", "answer": "x"}', "no number"),
+    ],
 )
-def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_broken_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
     file = tmp_path / "broken.jsonl"
-    file.write_text(line)
-    with pytest.raises(Exception, match=message):
+    file.write_bytes(line)
+    with pytest.raises(UserError, match=message):
         questions_of(str(file))
