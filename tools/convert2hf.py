@@ -16,7 +16,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from internlm.checkpoint.hf import DTYPES, HFReader, export_hf
-from internlm.checkpoint.hf_names import LAYOUTS
+from internlm.checkpoint.hf_names import LAYOUTS, native_shapes
 from internlm.checkpoint.native import CheckpointReader, NativeReader, is_hf_folder, open_checkpoint
 from internlm.checkpoint.peft import export_adapter
 from internlm.config.data_section import DataConfig
@@ -28,6 +28,7 @@ from internlm.data.chat_template import BUILT_IN, ChatTemplate
 from internlm.data.find_template import find_template
 from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import get_logger, setup_logging
+from internlm.utils.progress import watched
 
 logger = get_logger("convert2hf")
 
@@ -100,17 +101,18 @@ def convert(arguments: argparse.Namespace) -> None:
             f"chat template {template.name} goes into the tokenizer's files: give the tokenizer with --tokenizer, "
             "or --chat_template none"
         )
-    export_hf(
-        reader.read,
-        config,
-        arguments.tgt_folder,
-        arguments.arch,
-        dtype,
-        arguments.max_shard,
-        tokenizer,
-        force=arguments.force,
-        template=template,
-    )
+    with watched(reader.read, len(native_shapes(config.model))) as read:
+        export_hf(
+            read,
+            config,
+            arguments.tgt_folder,
+            arguments.arch,
+            dtype,
+            arguments.max_shard,
+            tokenizer,
+            force=arguments.force,
+            template=template,
+        )
 
 
 def _open(arguments: argparse.Namespace) -> tuple[HFReader | CheckpointReader, Config]:

@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout, not installed
 
 from internlm.checkpoint.hf import DTYPES, HFReader
+from internlm.checkpoint.hf_names import native_shapes
 from internlm.checkpoint.legacy.writer import write_legacy
 from internlm.checkpoint.native import is_hf_folder, open_checkpoint
 from internlm.checkpoint.native_writer import write_native
@@ -24,6 +25,7 @@ from internlm.config.presets import PRESETS
 from internlm.config.schema import Config, ModelConfig
 from internlm.utils.errors import UserError, exit_code
 from internlm.utils.logger import setup_logging
+from internlm.utils.progress import watched
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,14 +74,16 @@ def convert(arguments: argparse.Namespace) -> None:
     if dtype != "auto":
         section["dtype"] = f"torch.{dtype}"
     model = ModelConfig(**{**PRESETS[model_type], **section})
-    if is_2023:
-        mlp = "old" if arguments.version == 1 else "new"
-        write_legacy(read, model, arguments.tgt, arguments.family, mlp, arguments.tp_size or 1, arguments.embed_split)
-        path = arguments.tgt
-    else:
-        data = {"seq_len": model.max_position_embeddings, "total_steps": 1}
-        config = Config.model_validate({"model_type": model_type, "model": model, "data": data})
-        path = write_native(read, config, arguments.tgt)
+    with watched(read, len(native_shapes(model))) as named:
+        if is_2023:
+            mlp = "old" if arguments.version == 1 else "new"
+            ranks = arguments.tp_size or 1
+            write_legacy(named, model, arguments.tgt, arguments.family, mlp, ranks, arguments.embed_split)
+            path = arguments.tgt
+        else:
+            data = {"seq_len": model.max_position_embeddings, "total_steps": 1}
+            config = Config.model_validate({"model_type": model_type, "model": model, "data": data})
+            path = write_native(named, config, arguments.tgt)
     print(f"train on it with ckpt.load_ckpt_info.path={path}")
 
 

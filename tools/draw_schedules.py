@@ -103,9 +103,10 @@ def picture(schedule: str, stages: int, num_micro_batches: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--micro_batches", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "doc" / "schedules")
+    parser.add_argument("--stages", type=int, default=4, help="stages of the pipeline (default %(default)s)")
+    parser.add_argument("--micro_batches", type=int, default=8, help="micro batches of a step (default %(default)s)")
+    folder = Path(__file__).resolve().parents[1] / "doc" / "schedules"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the pictures (default doc/schedules)")
     given = parser.parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
     for schedule in SCHEDULES:

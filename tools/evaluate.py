@@ -55,6 +55,13 @@ def evaluate(given: argparse.Namespace) -> None:
     if given.log_samples and given.output is None:
         raise UserError("--log_samples: they are written into --output, which is missing")
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
+    if not tasks:
+        raise UserError(f"--tasks {given.tasks!r} names none")
+    for flag, least in (("limit", 1), ("row_tokens", 1), ("num_fewshot", 0)):
+        if (value := getattr(given, flag)) is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    if given.output is not None and given.output.is_dir():
+        raise UserError(f"--output {given.output} is a folder; give the file to write")
     manager = open_tasks(tasks, given.include_path)
     reader = open_model(given.path)
     config = model_config(reader)
@@ -65,7 +72,7 @@ def evaluate(given: argparse.Namespace) -> None:
     if max_length < 2:
         raise UserError(f"--max_length {max_length}: must be at least 2")
     check_length(max_length, config, f"--max_length {max_length}")
-    check_tasks(tasks, manager, max_length)
+    check_tasks(tasks, manager, max_length, given.num_fewshot)
     template = template_of_model(reader, given.path) if given.apply_chat_template else None
     if isinstance(reader, HFReader):
         stops = reader.end_ids

@@ -114,7 +114,7 @@ def measure(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="Python file that describes the run")
     parser.add_argument("--repeats", type=int, default=10, help="micro batches timed (default %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that win over the file")
     given = parser.parse_intermixed_args(arguments)
     config = load_config(given.config, given.overrides)
     if config.parallel.pipeline.size == 1:

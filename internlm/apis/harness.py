@@ -230,11 +230,16 @@ def open_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
     return manager
 
 
-def check_tasks(tasks: Sequence[str], manager: Any, max_length: int) -> None:
-    """Raises UserError for one of `tasks` whose answers may take all of `max_length` tokens. Reads the tasks' data."""
+def check_tasks(tasks: Sequence[str], manager: Any, max_length: int, num_fewshot: int | None = None) -> None:
+    """Raises UserError for one of `tasks` whose answers may take all of `max_length` tokens, or which has fewer than
+    `num_fewshot` examples. Reads the tasks' data."""
     for name, task in manager.load(list(tasks))["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until":
             _check_room(name, AnswerSettings.of(task.config.generation_kwargs or {}, name).limit, max_length)
+        if num_fewshot:
+            found = len(list(task.fewshot_docs())) - (task.config.fewshot_split == task.config.test_split)
+            if found < num_fewshot:  # of the split that is asked, the question itself is none
+                raise UserError(f"--num_fewshot {num_fewshot}: task {name} has {found} examples, give fewer")
 
 
 def _check_room(task: str, limit: int, max_length: int) -> None:

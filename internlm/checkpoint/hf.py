@@ -31,7 +31,7 @@ from internlm.checkpoint.hf_target import INDEX, prepare_folder
 from internlm.checkpoint.hf_tokenizer import check_export, inspect_tokenizer, write_tokenizer
 from internlm.checkpoint.peft_reader import PeftAdapter, is_adapter_folder
 from internlm.checkpoint.storage import Storage
-from internlm.checkpoint.tensor_file import stream_tensors
+from internlm.checkpoint.tensor_file import cast, stream_tensors
 from internlm.config.schema import Config, LoraConfig, ModelConfig
 from internlm.data.chat_template import ChatTemplate
 from internlm.utils.errors import UserError, writing
@@ -162,20 +162,10 @@ def _write_shard(folder: Path, name: str, shard: list[Entry], native: _Native, d
 
     def value_of(name: str) -> Tensor:
         entry = by_name[name]
-        return _cast(entry.cut(native(entry.native)), DTYPES[dtype], name).contiguous()
+        return cast(entry.cut(native(entry.native)), DTYPES[dtype], name).contiguous()
 
     kinds = {entry.name: (DTYPES[dtype], entry.shape) for entry in shard}
     stream_tensors(Storage(str(folder)), name, kinds, value_of, {"format": "pt"})  # transformers insists on this
-
-
-def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`value` in `dtype`; raises UserError where a finite value would become infinite."""
-    cast = value.to(dtype)
-    if dtype == torch.float16 and value.dtype != dtype and bool((cast.isinf() & value.isfinite()).any()):
-        raise UserError(
-            f"{name} holds {value.float().abs().max():.6g}, float16 ends at 65504: export with --dtype bfloat16"
-        )
-    return cast
 
 
 class HFReader:

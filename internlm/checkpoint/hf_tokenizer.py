@@ -59,6 +59,8 @@ def inspect_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSource:
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist; give a sentencepiece .model file or a Hugging Face folder")
+    if path.name == "tokenizer.json":  # which a run may name alone
+        path = path.parent
     source = _open_folder(path) if path.is_dir() else _open_sentencepiece(path)
     if source.size > vocab_size:
         raise UserError(

@@ -16,7 +16,7 @@ from internlm.checkpoint.lease import claim_folder
 from internlm.checkpoint.manifest import MANIFEST, Manifest, list_checkpoints
 from internlm.checkpoint.shards import file_of, key_of
 from internlm.checkpoint.storage import Storage
-from internlm.checkpoint.tensor_file import stream_tensors, write_bytes
+from internlm.checkpoint.tensor_file import cast, stream_tensors, write_bytes
 from internlm.checkpoint.triggers import new_token
 from internlm.config.schema import Config
 from internlm.train.state import TrainState
@@ -56,7 +56,7 @@ def _write(named: Callable[[str], Tensor], config: Config, storage: Storage) -> 
 
     @torch.no_grad()
     def value_of(key: str) -> Tensor:
-        return named(whole[key]).detach().cpu().to(dtype).contiguous()
+        return cast(named(whole[key]).detach().cpu(), dtype, whole[key]).contiguous()
 
     model = file_of("param", 0)
     kinds = {key: (dtype, shapes[name]) for key, name in whole.items()}

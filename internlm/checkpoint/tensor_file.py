@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.storage import Storage, patiently
-from internlm.utils.errors import writing
+from internlm.utils.errors import UserError, writing
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -145,3 +145,13 @@ def read_tensors(storage: Storage, path: str) -> dict[str, Tensor]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     assert tensor.device.type == "cpu" and tensor.is_contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`value` in `dtype`; raises UserError where a finite value would become infinite."""
+    result = value.to(dtype)
+    if dtype == torch.float16 and value.dtype != dtype and bool((result.isinf() & value.isfinite()).any()):
+        raise UserError(
+            f"{name} holds {value.float().abs().max():.6g}, float16 ends at 65504: convert it with --dtype bfloat16"
+        )
+    return result

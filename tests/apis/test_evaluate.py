@@ -141,6 +141,28 @@ def write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: str, r
     (folder / f"{name}.yaml").write_text(CHOICES.format(name=name, data=data, kind=kind) + rest)
 
 
+def test_mistakes_are_found_before_the_model_is_read(
+    chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = "doc_to_text: q\ndoc_to_target: a\nmetric_list: [{metric: acc}]\n"
+    rows = [{"q": str(number), "a": "b"} for number in range(3)]
+    write_task(tmp_path, "few", rows, "loglikelihood", f"{rest}fewshot_split: test\n")
+    write_task(tmp_path, "beams", rows, "generate_until", f"{rest}generation_kwargs: {{num_beams: 2, until: [x]}}\n")
+    for arguments, problem in (
+        (["--tasks", ","], "--tasks ',' names none"),
+        (["--tasks", "few", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["--tasks", "few", "--row_tokens", "0"], "--row_tokens 0: must be at least 1"),
+        (["--tasks", "few", "--num_fewshot", "-1"], "--num_fewshot -1: must be at least 0"),
+        (["--tasks", "few", "--num_fewshot", "3"], "--num_fewshot 3: task few has 2 examples"),
+        (["--tasks", "few", "--output", str(tmp_path)], "is a folder; give the file to write"),
+        (["--tasks", "beams"], "task beams asks for answers by generation_kwargs {'num_beams': 2}, which"),
+    ):
+        assert main([str(chat_folder), "--include_path", str(tmp_path), "--device", "cpu", *arguments]) == 2
+        assert problem in capsys.readouterr().err
+    command = [str(chat_folder), "--include_path", str(tmp_path), "--device", "cpu", "--tasks", "few"]
+    assert main([*command, "--num_fewshot", "2"]) == 0
+
+
 def test_questions_as_conversations(chat_folder: Path, tmp_path: Path) -> None:
     """In the model's chat template, with examples and a system text, against the harness by itself."""
     import lm_eval

@@ -51,6 +51,23 @@ def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         reader.read("layers.1.attention.wo.weight")
 
 
+def test_a_value_too_large_for_float16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = LlamaForCausalLM(LlamaConfig(**SMALL))
+    with torch.no_grad():
+        theirs.model.layers[1].mlp.down_proj.weight[3, 5] = -1e5
+    theirs.save_pretrained(tmp_path / "hf")
+    for kind in ("native", "2023"):
+        command = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / kind), "--format", kind]
+        assert main([*command, "--dtype", "float16"]) == 2
+        problem = (
+            "layers.1.feed_forward.w2.weight holds 100000, float16 ends at 65504: convert it with --dtype bfloat16"
+        )
+        assert problem in capsys.readouterr().err
+        assert {file.name for file in (tmp_path / kind).glob("*")} <= {".lock"}
+        assert main([*command, "--dtype", "bfloat16"]) == 0
+        assert "parameters" in capsys.readouterr().err  # how many were read
+
+
 @pytest.mark.parametrize(
     ("generation", "options"),
     [

@@ -126,6 +126,7 @@ def test_a_folder_is_copied(tiny_tokenizer: Path, tmp_path: Path) -> None:
     write_tokenizer(inspect_tokenizer(tiny_tokenizer, 512), first, 2048)
     (first / "chat_template.jinja").write_text("{{ messages }}")
     (first / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert inspect_tokenizer(first / "tokenizer.json", 600) == inspect_tokenizer(first, 600)
     source = inspect_tokenizer(first, 600)
     assert source.size == 512
     assert source.special_ids == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 2}

@@ -12,6 +12,7 @@ from torch import Tensor
 from internlm.checkpoint.hf_names import native_shapes
 from internlm.checkpoint.legacy.tables import EXPERTS, Family, generic, rows, shard
 from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_file import cast
 from internlm.checkpoint.triggers import new_token
 from internlm.config.schema import ModelConfig
 from internlm.utils.device import torch_dtype
@@ -59,7 +60,7 @@ def write_legacy(
                         key = row.key.replace("{i}", str(generic(name)[1]))
                         file, key = _place(key, rank, mlp)
                         kept = torch.float32 if ".gate." in key else dtype  # a router is fp32 in a model of any dtype
-                        states.setdefault(file, {})[prefix + key] = part.to(kept).contiguous()
+                        states.setdefault(file, {})[prefix + key] = cast(part, kept, name).contiguous()
             for file, state in states.items():
                 save(file, state)
             save(f"topo_tp{rank}_pp0.json", {})
