@@ -6,7 +6,20 @@ from math import prod
 import pytest
 
 from internlm.config.schema import ParallelConfig
-from tests.parallel.layouts import ALONE, DENSE_TOGETHER, MOE_TOGETHER, PAIRS, Layout
+from tests.parallel.layouts import (
+    ALONE,
+    DENSE_TOGETHER,
+    FOUR,
+    MOE,
+    MOE_TOGETHER,
+    PAIRS,
+    Layout,
+    context,
+    experts,
+    pipeline,
+    tensor,
+    zero,
+)
 from tests.parallel.oracle import compare
 
 LETTERS = {"pipeline": "P", "ring": "R", "ulysses": "U", "tensor": "T"}
@@ -19,6 +32,19 @@ def test_trains_as_one_rank(name: str, checkpoint: bool) -> None:
     layout = MATRIX[name]
     model = {**layout.sections.get("model", {}), "checkpoint": checkpoint}
     compare(layout.ranks, layout.parallel, **{**layout.sections, "model": model})
+
+
+ADAPTED: dict[str, Layout] = {
+    "P-R zbv": Layout(4, {**pipeline(2, "zbv"), **context(ring=2)}, FOUR),
+    "U-T fsp zero3": Layout(4, {**context(ulysses=2), **tensor(2, "fsp"), **zero(2, 2, 2)}),
+    "T-E mtp": Layout(2, {**tensor(2), **experts(2)}, MOE),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_train_as_on_one_rank(name: str) -> None:
+    layout = ADAPTED[name]
+    compare(layout.ranks, layout.parallel, **layout.sections, lora={"rank": 4, "target": ("*.attention.w*",)})
 
 
 def axes_of(layout: Layout) -> str:

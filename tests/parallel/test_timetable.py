@@ -1,5 +1,6 @@
 """The lists of actions: complete, free of deadlock, and with the bubbles that the papers give."""
 
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import product
@@ -120,3 +121,13 @@ def test_a_split_by_flops_counts_the_head(vocab_size: int, checkpoint: bool, blo
 def test_pictures_are_up_to_date(schedule: str, repo_root) -> None:
     drawn = (repo_root / "doc" / "schedules" / f"{schedule}.svg").read_text(encoding="utf-8")
     assert drawn == picture(schedule, 4, 8), "run: python tools/draw_schedules.py"
+
+
+def test_the_page_tells_how_long_stages_idle(repo_root) -> None:
+    """The table of doc/parallelism.md, for 4 stages and 8 micro batches."""
+    page = (repo_root / "doc" / "parallelism.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+) %", page, re.MULTILINE)
+    assert told == [
+        (schedule, f"{100 * idle_share(spans(layout_of(schedule, 4), 8), 4):.0f}")
+        for schedule in ("1f1b", "interleaved", "zbv", "dualpipev")
+    ]
