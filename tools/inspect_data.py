@@ -91,6 +91,12 @@ def inspect(options: argparse.Namespace) -> None:
     rows = TrainRows(sources, pack)
     number = options.sample
     total = sum(len(file) for file in sources.files)
+    if total == 0:
+        raise UserError(
+            f"data.train_folder = {config.data.train_folder}: no sample to train on is left (data.type = "
+            f"{config.data.type}, data.min_length = {config.data.min_length}, data.long_samples = "
+            f"{config.data.long_samples}); see the warnings above."
+        )
     if not 0 <= number < total:
         raise UserError(f"--sample {number}: there are {total} samples, counted from 0.")
     for file in sources.files:

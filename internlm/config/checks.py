@@ -114,7 +114,8 @@ def batches(config: Config) -> Problems:
         parse_batches(data.skip_batches)
     yield from problems
     if data.type in ("text", "chat", "preference") and data.tokenizer_path is None:
-        yield f'data.type = "{data.type}" needs data.tokenizer_path; give that of a sentencepiece model'
+        folder = "" if data.type == "text" else ", or a Hugging Face folder"
+        yield f'data.type = "{data.type}" needs data.tokenizer_path; give that of a sentencepiece model{folder}'
     if data.pack_sample_into_one and data.packing not in (None, "cut"):
         yield f'data.pack_sample_into_one = True joins samples, data.packing = "{data.packing}" parts them; keep one'
     if data.type in ("text", "chat", "preference", "megatron") and data.train_folder is None:

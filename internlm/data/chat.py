@@ -144,7 +144,8 @@ class ChatEncoder:
             "split": [ids[start : start + length] for start in range(0, len(ids), length)],
         }[rule]
         kept = [piece for piece in pieces if (piece[1:] >= 0).any()]
-        counts["pieces without a trained token"] += len(pieces) - len(kept)
+        if len(kept) < len(pieces):
+            counts["pieces without a trained token"] += len(pieces) - len(kept)
         return kept
 
 

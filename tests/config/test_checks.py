@@ -139,6 +139,7 @@ def problems_with(small, **keys) -> list[str]:
             {"data__type": "text"},
             ("data.tokenizer_path", 'data.type = "text"', "give that of a sentencepiece model"),
         ),
+        ({"data__type": "chat"}, ("data.tokenizer_path", 'data.type = "chat"', "or a Hugging Face folder")),
         ({"data__type": "megatron"}, ("data.train_folder", 'data.type = "megatron"', "give it")),
         (
             {"data__tokenizer_path": "/no/such.model"},

@@ -567,5 +567,8 @@ def test_inspect_data_shows_a_sample(tmp_path: Path) -> None:
         float(line.split()[-k][:-1]) for line, k in zip(done.stdout.splitlines()[-2:], (7, 4), strict=True)
     )
     assert 80 < efficiency < 100 and 40 < trained < 70
-    done = subprocess.run([*command, "180"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "there are 180 samples" in done.stderr
+    write_lines(tmp_path / "none" / "a.jsonl", "\n")
+    empty = f"data.train_folder={tmp_path / 'none'}"
+    for rest, told in ((["180"], "there are 180 samples"), (["0", empty], "no sample to train on is left")):
+        done = subprocess.run([*command, *rest], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr
