@@ -19,7 +19,8 @@ _CALL = re.compile(
     r"|<tool_call>\s*(?P<json>.*?)\s*(?:</tool_call>|\Z)",
     re.DOTALL,
 )
-_CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
+# The end of a block begins or ends a line: other backticks are part of the code.
+_CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:

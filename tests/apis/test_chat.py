@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from internlm.apis.chat import ChatModel, Conversation, ReplyOptions, load_chat
 from internlm.apis.sampling import Sampling
 from internlm.apis.terminal import Terminal, main
+from internlm.apis.tool_calls import code_block, parse_tool_calls
+from internlm.data.chat_template import BUILT_IN
 from internlm.data.message import Message, ToolCall
 from internlm.utils.errors import UserError
 from tests.apis.tiny_chat import ANSWERS, CALLS, COUNT, HELLO, SECOND
@@ -41,6 +43,31 @@ def test_calls_are_read(chat: ChatModel, question: str) -> None:
     reply = chat.reply([Message("user", question)], GREEDY)
     list(reply)
     assert reply.message == Message("assistant", "", tool_calls=(CALLS[question],))
+
+
+@pytest.mark.parametrize("template", ["internlm2", "qwen2"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        ToolCall("interpreter", {"code": "print('```', \"```\")\nx = 1"}),
+        ToolCall("interpreter", {"code": ""}),
+        ToolCall("interpreter", {"code": "1 + 1", "timeout": 5}),
+        ToolCall("f", {"text": "```python\n\\u4e66 书\n```", "deep": {"a": [1, None, True]}}),
+        ToolCall("f", {}),
+    ],
+)
+def test_calls_are_read_as_they_are_written(template: str, call: ToolCall) -> None:
+    turns = [Message("user", "a"), Message("assistant", "So:", tool_calls=(call, call))]
+    written = BUILT_IN[template].render(turns).split("assistant\n")[-1].removesuffix("<|im_end|>\n")
+    assert parse_tool_calls(written) == ("So:", (call, call))
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("```python\nx = 1\n```\n", "x = 1"), ("```\nx = 1```", "x = 1"), ("```py\nx = '```'\ny", "x = '```'\ny")],
+)
+def test_the_end_of_a_block_of_code(text: str, code: str) -> None:
+    assert code_block(text) == code
 
 
 def test_prompts_are_those_of_transformers(chat: ChatModel, chat_folder: Path) -> None:

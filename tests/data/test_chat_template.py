@@ -110,6 +110,10 @@ def test_internlm2_tools_as_published() -> None:
         "<|im_start|>assistant\n<|action_start|><|interpreter|>\n```python\n1 + 1\n```<|action_end|><|im_end|>\n"
         "<|im_start|>environment name=<|interpreter|>\n2<|im_end|>\n"
     )
+    other = ToolCall("interpreter", {"code": "1 + 1", "timeout": 5})  # has more to say than a block of code
+    assert '<|plugin|>\n{"name": "interpreter", "parameters": {"code": "1 + 1", "timeout": 5}}' in BUILT_IN[
+        "internlm2"
+    ].render([Message("user", "a"), Message("assistant", tool_calls=(other,))])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

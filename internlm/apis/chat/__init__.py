@@ -252,6 +252,8 @@ def load_chat(
     chat_template = template_of_model(reader, folder) if template is None else find_template(template)
     config = model_config(reader)
     check_tokenizer(words, config)
+    if words.size < config.vocab_size:
+        logger.info(f"the tokenizer has {words.size} ids, the model {config.vocab_size}: the rest has no text")
     if max_length is not None:
         if max_length < 2:
             raise UserError(f"max_length {max_length}: a prompt and an answer are 2 tokens at least")
