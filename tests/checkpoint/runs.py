@@ -29,6 +29,7 @@ from internlm.model.transformer import build_model
 from internlm.parallel.parallelize import parallelize
 from internlm.parallel.schedule import build_schedule
 from internlm.solver.hybrid_zero import HybridZero
+from internlm.train.routing import Routing
 from internlm.train.state import TrainState
 from internlm.train.trainer import Trainer
 
@@ -98,7 +99,7 @@ def train(rank: int, world_size: int, config: Config, folder: Path, stop_at: int
         samples = other.row_numbers()
         held_out = build_valid_loaders(config, mesh.dp_rank, mesh.dp_size)
         give_reference(config, mesh, model, optimizer, checkpointer, loader, held_out)
-        trainer = Trainer(schedule, optimizer, loader, state, config, mesh, held_out)
+        trainer = Trainer(schedule, optimizer, loader, state, config, mesh, held_out, Routing(model, config))
         for report in evaluated(trainer.steps(), model, optimizer, config, mesh):
             seen["losses"].append(report.loss)
             seen["norms"].append(report.grad_norm.hex())  # as text: nan is not equal to itself

@@ -188,6 +188,25 @@ def test_losses_and_gradients_are_those_of_trl(
     assert name == "held_out" and means == pytest.approx(by_trl["held out"], rel=1e-4)
 
 
+def test_experts_learn_from_pairs_as_on_one_rank(folder: Path, tmp_path: Path) -> None:
+    model = {**MODEL, "num_layers": 2, "num_experts": 4, "moe": {"top_k": 2, "intermediate_size": 16}}
+    run_ranks(1, train, run_config((1, 1, 1), 1, 1, model=model), tmp_path / "base")
+    start = {"load_ckpt_info": {"path": str(tmp_path / "base" / "checkpoints" / "1")}}
+    sections: dict[str, Any] = {"model": model, "ckpt": start, "loss": {"moe_loss_coeff": 0.1}}
+    (alone,) = run_ranks(1, train, config_of(folder, dpo={"reference": "once"}, **sections), tmp_path / "alone")
+    assert alone["losses"][-1] < 0.6
+    for parallel in ({"expert": {"size": 2}, "tensor": {"size": 2}}, {"expert": {"size": 2}, "pipeline": {"size": 2}}):
+        ranks, reference = (4, "once") if "pipeline" in parallel else (2, "each_step")
+        config = config_of(folder, (1, 1, 1), ranks // 2, parallel=parallel, dpo={"reference": reference}, **sections)
+        (found, *_) = run_ranks(ranks, train, config, tmp_path / reference)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert [float.fromhex(norm) for norm in found["norms"]] == pytest.approx(
+            [float.fromhex(norm) for norm in alone["norms"]], rel=1e-4
+        )
+        for ours, theirs in zip(found["validation"], alone["validation"], strict=True):
+            assert ours[1:] == pytest.approx(theirs[1:], rel=1e-4)
+
+
 def test_a_margin_of_a_loss_without_digits_counts() -> None:
     expected = torch.tensor([-200.0, -1.0, 1e-3, 30.0, 300.0])
     losses, none = torch.nn.functional.softplus(-expected), torch.zeros(3)
