@@ -81,7 +81,7 @@ def convert(arguments: argparse.Namespace) -> None:
     reader, config = _open(arguments)
     if arguments.adapter:
         if not isinstance(reader, NativeReader):
-            raise UserError("--adapter: only a checkpoint of ours has an adapter that is not in PEFT's files yet")
+            raise UserError("--adapter: checkpoints of 2023 hold no adapters")
         base = config.ckpt.load_ckpt_info
         export_adapter(reader, arguments.tgt_folder, base.path if base is not None else "", arguments.force)
         return
@@ -128,8 +128,8 @@ def _open(arguments: argparse.Namespace) -> tuple[HFReader | CheckpointReader, C
             f"{folder} is a Hugging Face folder already; for another layout or dtype make a checkpoint of it first "
             "(tools/convert_from_hf.py)"
         )
-    if version is not None:
-        raise UserError(f"--version tells how 2023 named its tensors; {folder} holds an adapter of PEFT, omit it")
+    if arguments.adapter or version is not None:
+        raise UserError(f"{folder} holds an adapter in PEFT's files: omit --adapter and --version to merge it")
     logger.info(f"merging the adapter in {folder} into {reader.folder}")
     files = [Path(reader.text_folder, name) for name in ("tokenizer.json", "tokenizer.model")]
     tokenizer = reader.text_folder if any(file.is_file() for file in files) else None

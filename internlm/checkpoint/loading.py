@@ -18,6 +18,7 @@ from internlm.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
+from internlm.checkpoint.native import is_hf_folder
 from internlm.checkpoint.shards import ShardIndex
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_file import read_tensors
@@ -273,6 +274,8 @@ def place_of(path: str) -> tuple[Storage, str]:
 
 def refusal(url: str, reason: str) -> UserError:
     """The error for a `ckpt.load_ckpt_info.path` that is no intact checkpoint; names checkpoints found below it."""
+    if is_hf_folder(url):
+        return UserError(f"ckpt.load_ckpt_info: {url} is a Hugging Face folder: set ckpt.load_ckpt_info.ckpt_type=hf")
     found = [(step, place + name) for place in PLACES for step, name in list_checkpoints(Storage(f"{url}/{place}"))]
     names = [name for _, name in sorted(found, key=lambda item: -item[0])]
     hint = f"; it holds checkpoints, name one of them: {', '.join(names[:8])}" if names else ""

@@ -181,6 +181,7 @@ def test_tensors_without_a_place_are_refused(folder: Path, tmp_path: Path) -> No
     shutil.copy(folder / "all" / "adapter_config.json", tmp_path / "both")
     with pytest.raises(UserError, match="holds both a model and an adapter"):
         HFReader(tmp_path / "both")
+    assert convert2hf.main(["--src", str(folder / "all"), "--tgt", str(tmp_path / "x"), "--adapter"]) == 2
 
 
 def test_tokenizer_and_template_are_those_beside_the_adapter_or_of_its_base(folder: Path, tmp_path: Path) -> None:
@@ -196,5 +197,9 @@ def test_another_lora_section_is_refused_and_the_right_one_told(folder: Path) ->
         (problem,) = find_checkpoint_problems(starting_at(folder / "all", lora))
         assert "{'rank': 6, 'alpha': 18.0, 'target': ('*.attention.wo', '*.attention.wqkv', '*.feed_forward" in problem
     assert find_checkpoint_problems(starting_at(folder / "all", KINDS["all"][1])) == []
+    for kind in ("all", "base"):
+        load = {"load_ckpt_info": {"path": str(folder / kind)}}
+        (problem,) = find_checkpoint_problems(run_config((1, 1, 1), 1, lora={}, ckpt=load))
+        assert "is a Hugging Face folder: set ckpt.load_ckpt_info.ckpt_type=hf" in problem
     (problem,) = find_checkpoint_problems(starting_at(folder / "one layer, rslora", None))
     assert "'alpha': 12.0, 'target': ('layers.1.attention.wo',)" in problem
