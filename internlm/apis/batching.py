@@ -108,7 +108,7 @@ class Batcher:
     ) -> "Tokens":
         """The answer's tokens as they come, up to and including a stop id. Closing frees the row.
 
-        Raises UserError for a prompt that doesn't fit, BusyError when `max_waiting` requests wait already.
+        Raises UserError for a prompt that doesn't fit, BusyError beyond `max_requests`.
         """
         check_prompt(prompt, max_new_tokens, self.model.config)
         if max_new_tokens < 1:
@@ -126,8 +126,9 @@ class Batcher:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self.max_waiting:
-                raise BusyError(f"{len(self._waiting)} requests wait already")
+            held = len(self._waiting) + sum(row is not None and not row.cancelled for row in self._rows)
+            if held >= self.max_requests:
+                raise BusyError(f"{held} requests are being answered or wait already")
             self._waiting.append(request)
             self._changed.notify()
         return Tokens(request)
@@ -154,11 +155,11 @@ class Batcher:
                 continue
             with self._changed:
                 request = self._waiting.popleft() if self._waiting else None
-            if request is None:
-                return
-            if request.cancelled:
-                continue
-            self._rows[row] = request
+                if request is None:
+                    return
+                if request.cancelled:
+                    continue
+                self._rows[row] = request
             prompt = torch.tensor([list(request.prompt)], device=self.device)
             cache = KVCache(self.model.config, 1, prompt.shape[1], self.device, self._cache.keys[0].dtype)
             logits = prefill(self.model, cache, prompt, torch.tensor([prompt.shape[1]], device=self.device))
@@ -181,13 +182,13 @@ class Batcher:
             token = request.add(logits)
         except Exception as error:  # its own settings made it fail: the others go on
             logger.exception("a request failed")
-            request.tokens.put(error)
             self._free(row)
+            request.tokens.put(error)
             return
         self._next[row] = token
         if request.is_done(token):
+            self._free(row)  # first: who reads the end may ask again at once
             request.tokens.put(None)
-            self._free(row)
 
     def _free(self, row: int) -> None:
         self._rows[row] = None

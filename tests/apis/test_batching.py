@@ -70,10 +70,21 @@ def test_a_queue_has_an_end(model: Transformer) -> None:
         endless = batcher.stream([1], 9_000)
         next(endless)
         waiting = batcher.stream([2], 3)
-        with pytest.raises(BusyError, match="1 requests wait already"):
+        with pytest.raises(BusyError, match="2 requests are being answered or wait already"):
             batcher.stream([3], 3)
         endless.close()  # type: ignore[attr-defined]
         assert len(list(waiting)) == 3
+
+
+def test_without_a_queue_free_rows_answer(model: Transformer) -> None:
+    with Batcher(model, 2, max_length=10_000, max_waiting=0) as batcher:
+        for _ in range(20):
+            assert len(list(batcher.stream([2], 2))) == 2
+        endless = [batcher.stream([1], 9_000) for _ in range(2)]
+        with pytest.raises(BusyError, match="2 requests are being"):
+            batcher.stream([3], 3)
+        endless[0].close()
+        assert len(list(batcher.stream([3], 3))) == 3
 
 
 def test_who_left_gives_his_place_back(model: Transformer) -> None:

@@ -323,6 +323,12 @@ def test_every_error_is_an_object_of_openai(client: Any, method: str, path: str,
     assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
 
 
+def test_too_many(client: Any, monkeypatch: pytest.MonkeyPatch, chat: ChatModel) -> None:
+    monkeypatch.setattr(chat.batcher, "max_waiting", -len(chat.batcher._rows))
+    with pytest.raises(openai.RateLimitError, match="0 requests are being answered or wait already; try again later"):
+        ask(client, HELLO)
+
+
 def test_our_own_mistakes_too(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChatModel, "prompt_of", lambda *_: 1 / 0)
     with pytest.raises(openai.InternalServerError) as failed:
