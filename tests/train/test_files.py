@@ -69,7 +69,7 @@ def test_the_checkpoint_to_start_from(tmp_path: Path) -> None:
     (problem,) = find_checkpoint_problems(config_with(load_ckpt_info=start))
     assert "num_layers" in problem
     (problem,) = find_checkpoint_problems(config_with(load_ckpt_info={"path": str(tmp_path / "hf")}))
-    assert "manifest.json is missing" in problem
+    assert "is a Hugging Face folder: set ckpt.load_ckpt_info.ckpt_type=hf" in problem
     (problem,) = find_checkpoint_problems(config_with(load_ckpt_info={"path": str(tmp_path), "ckpt_type": "hf"}))
     assert "no config.json" in problem
     (problem,) = find_checkpoint_problems(config_with(snapshot_ckpt_folder="s4://b/x"))
