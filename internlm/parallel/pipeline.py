@@ -26,7 +26,6 @@ from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
 from internlm.parallel.contract import GradientEngine, Objective, OnLoss
-from internlm.parallel.objective import next_token, plain_loss
 from internlm.parallel.pipeline_layout import PipelineLayout, pipeline_layout
 from internlm.parallel.recompute import num_with_recomputation
 from internlm.parallel.sequence import own_part
@@ -65,10 +64,16 @@ class Pipeline:
     """The schedules with more than one stage."""
 
     def __init__(
-        self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None
+        self,
+        model: Transformer,
+        engine: GradientEngine,
+        config: Config,
+        mesh: Mesh,
+        objective: Objective,
+        measure: Objective,
     ) -> None:
         self.model, self.engine, self.config, self.mesh = model, engine, config, mesh
-        self.objective, self.measure = objective or next_token(config.loss), objective or plain_loss
+        self.objective, self.measure = objective, measure
         self.layout = pipeline_layout(config)
         self.stage, self.group = mesh.coordinates["pipeline"], mesh.group("pipeline")
         self.chunks = {chunk: _Chunk(model, config, self.layout, chunk) for chunk in self.layout.chunks_of(self.stage)}

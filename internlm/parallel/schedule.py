@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, LossConfig
 from internlm.core.mesh import Mesh
 from internlm.model.batch import Batch
 from internlm.model.transformer import Transformer
-from internlm.parallel.contract import GradientEngine, Objective, OnLoss
-from internlm.parallel.objective import next_token, plain_loss
+from internlm.ops.cross_entropy import LossOutput
+from internlm.parallel.contract import GradientEngine, LossOf, Objective, OnLoss
 from internlm.parallel.pipeline import Pipeline
 from internlm.parallel.sequence import own_part
 
@@ -34,10 +34,10 @@ class Accumulation:
     """One micro batch after the other; gradients add up. What there is without a pipeline."""
 
     def __init__(
-        self, model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None
+        self, model: Transformer, engine: GradientEngine, mesh: Mesh, objective: Objective, measure: Objective
     ) -> None:
         self.model, self.engine, self.mesh = model, engine, mesh
-        self.objective, self.measure = objective or next_token(config.loss), objective or plain_loss
+        self.objective, self.measure = objective, measure
 
     def train(self, rows: Sequence[Batch], weights: Sequence[float], on_loss: OnLoss) -> None:
         self.engine.begin_step(len(rows))
@@ -60,6 +60,21 @@ def build_schedule(
     model: Transformer, engine: GradientEngine, config: Config, mesh: Mesh, objective: Objective | None = None
 ) -> Schedule:
     """The schedule that `parallel.pipeline` asks for; `objective` None: cross-entropy of the next token."""
+    trained, measured = objective or next_token(config.loss), objective or plain_loss
     if mesh.sizes["pipeline"] > 1:
-        return Pipeline(model, engine, config, mesh, objective)
-    return Accumulation(model, engine, config, mesh, objective)
+        return Pipeline(model, engine, config, mesh, trained, measured)
+    return Accumulation(model, engine, mesh, trained, measured)
+
+
+def next_token(config: LossConfig) -> Objective:
+    """Cross-entropy of the next token, with label smoothing and z-loss."""
+
+    def objective(loss_of: LossOf, row: Batch, upstream: float) -> LossOutput:
+        return loss_of(label_smoothing=config.label_smoothing, upstream=upstream, z_loss=config.z_loss)
+
+    return objective
+
+
+def plain_loss(loss_of: LossOf, row: Batch, upstream: float) -> LossOutput:
+    """Cross-entropy of the next token alone, for evaluation."""
+    return loss_of(upstream=upstream)

@@ -45,22 +45,20 @@ class PreferenceLoss:
         assert reference is not None, "checkpoint.reference gives each row its sums"
         pairs = _num_pairs(row)
         reference = F.pad(reference, (0, 2 * pairs - len(reference)))
-        kept: list[Tensor] = []
+        kept: list[tuple[Tensor, Tensor]] = []
 
         def derivative(losses: Tensor) -> Tensor:
             """d loss / d token loss, [tokens here]."""
-            sums = reference.to(losses.device) - answer_sums(self.part.gather(losses), row)  # log p / p_reference
+            segment = _segment_of(row, losses.device)
+            sums = reference.to(losses.device) - _sums(self.part.gather(losses), segment, pairs)  # log p / p_reference
             margin = (self.beta * (sums[0::2] - sums[1::2])).to(losses.dtype)
-            kept.append(margin)
+            kept.append((margin, segment))
             slope = self.beta * torch.sigmoid(-margin)
-            return self.part.own(torch.stack((slope, -slope), dim=1).flatten()[_segment_of(row, losses.device)])
+            return self.part.own(torch.stack((slope, -slope), dim=1).flatten()[segment])
 
         surrogate = loss_of(upstream=upstream, weigh=derivative).loss_sum
-        margin = kept[0]
-        segment, trained = (
-            _segment_of(row, margin.device),
-            row.labels.to(margin.device, non_blocking=True) != IGNORE_INDEX,
-        )
+        margin, segment = kept[0]
+        trained = row.labels.to(margin.device, non_blocking=True) != IGNORE_INDEX
         first = trained & (_trained_before(trained, segment, 2 * pairs) == 0) & (segment % 2 == 0)
         first, segment = self.part.own(first), self.part.own(segment)
         token_losses = torch.where(first, F.softplus(-margin)[segment // 2], 0.0)
@@ -71,8 +69,12 @@ class PreferenceLoss:
 
 def answer_sums(losses: Tensor, row: Batch) -> Tensor:
     """The sums of a whole row's token losses over each answer, then zeros for the padding, fp64 [2 * pairs]."""
-    sums = losses.new_zeros(2 * _num_pairs(row), dtype=torch.float64)
-    return sums.index_add_(0, _segment_of(row, losses.device), losses.double())
+    return _sums(losses, _segment_of(row, losses.device), _num_pairs(row))
+
+
+def _sums(losses: Tensor, segment: Tensor, pairs: int) -> Tensor:
+    sums = losses.new_zeros(2 * pairs, dtype=torch.float64)
+    return sums.index_add_(0, segment, losses.double())
 
 
 def margin_sum(output: LossOutput) -> Tensor:

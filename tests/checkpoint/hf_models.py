@@ -17,6 +17,15 @@ SIZES = {
     "max_position_embeddings": 256,
     "dtype": "torch.float32",
 }
+# The same in the words of a config.json
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SHORT = {"max_position_embeddings": 16}  # exceeded by the tests' texts
 # name -> model_type, keys that differ
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

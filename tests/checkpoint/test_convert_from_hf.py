@@ -21,17 +21,16 @@ from internlm.config.schema import ModelConfig
 from internlm.utils.errors import UserError
 from tests.checkpoint import folders_2023 as old
 from tests.checkpoint.fake import full, make_config
+from tests.checkpoint.hf_models import SMALL
 from tests.checkpoint.test_legacy import of_transformers
 from tests.model.tiny import random_batch
 from tests.utils.holder import held
 from tools.convert_from_hf import main
 
-SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-
 
 @torch.no_grad()
 def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True))
+    theirs = Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True))
     for parameter in theirs.parameters():
         parameter.normal_(0, 0.2)
     theirs.save_pretrained(tmp_path / "hf")
@@ -52,7 +51,7 @@ def test_a_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_value_too_large_for_float16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = LlamaForCausalLM(LlamaConfig(**SMALL))
+    theirs = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_key_value_heads": 4}))
     with torch.no_grad():
         theirs.model.layers[1].mlp.down_proj.weight[3, 5] = -1e5
     theirs.save_pretrained(tmp_path / "hf")
@@ -113,7 +112,7 @@ def test_the_layout_of_2023(generation: old.Generation, options: list[str], tmp_
     ],
 )
 def test_mistakes(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "hf")
     assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert any(part in error for part in message.split("|"))
@@ -136,7 +135,7 @@ def test_what_no_folder_can_be_renamed_to_is_refused_before_it_is_read(
 def test_a_full_disk_leaves_nothing(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "hf")
     monkeypatch.setattr(Storage, "writer", full)
     assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
@@ -146,7 +145,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "hf")
     (tmp_path / "out").mkdir()
     with held(tmp_path / "out"):
         assert main(["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "out")]) == 2

@@ -14,17 +14,9 @@ from internlm.checkpoint.hf import HFReader
 from internlm.config.schema import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
+from tests.checkpoint.hf_models import SMALL
 from tests.model.tiny import random_batch
 
-SMALL = {
-    "vocab_size": 67,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -84,7 +76,9 @@ def test_a_feature_is_computed_or_refused(family: str, tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         torch.manual_seed(1)
         try:
-            config = AutoConfig.for_model(family, **copy.deepcopy({**SMALL, **FAMILIES[family], **feature}))
+            config = AutoConfig.for_model(
+                family, **copy.deepcopy({**SMALL, "max_position_embeddings": 16, **FAMILIES[family], **feature})
+            )
             theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
             for parameter in theirs.parameters():
                 parameter.normal_(0, 0.2)

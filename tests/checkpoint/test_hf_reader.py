@@ -29,19 +29,11 @@ from internlm.config.rope_section import RopeScaling
 from internlm.config.schema import ModelConfig
 from internlm.model.transformer import Transformer
 from internlm.utils.errors import UserError
-from tests.checkpoint.hf_models import CASES, named, tiny_run
+from tests.checkpoint.hf_models import CASES, SMALL, named, tiny_run
 from tests.checkpoint.test_pickles import Call
 from tests.model.tiny import random_batch
 
 PICKLE = "pytorch_model.bin"
-SMALL = {
-    "vocab_size": 67,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.mark.parametrize("arch", [None, "own"])

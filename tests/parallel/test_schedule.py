@@ -9,7 +9,7 @@ from internlm.core.launch import World
 from internlm.core.mesh import build_mesh
 from internlm.model.batch import Batch
 from internlm.ops.cross_entropy import LossOutput
-from internlm.parallel.schedule import Accumulation
+from internlm.parallel.schedule import build_schedule
 from tests.checkpoint.fake import world_of_one
 from tests.solver.tiny import CPU, batch_of, global_rows, make_config
 
@@ -40,7 +40,7 @@ def test_the_loss_knows_the_gradient_that_it_will_get() -> None:
     rows, weights = [batch_of(global_rows(0)[:2])] * 2, [0.25, 65536 / 7]
     with world_of_one():
         mesh = build_mesh(config.parallel, World(0, 0, 1, CPU))
-        schedule = Accumulation(model, Engine(), config, mesh, None)  # type: ignore[arg-type]
+        schedule = build_schedule(model, Engine(), config, mesh)  # type: ignore[arg-type]
         schedule.train(rows, weights, lambda output, part: None)
     assert model.foretold == weights
     assert [float(grad) for grad in model.received] == [float(torch.tensor(weight)) for weight in weights]
